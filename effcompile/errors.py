@@ -1,0 +1,31 @@
+"""Every error that a user can meet, one class a mistake. All derive from `EffcompileError`."""
+
+from __future__ import annotations
+
+
+class EffcompileError(Exception):
+    """Base of all errors raised on purpose by effcompile."""
+
+
+class ConfigError(EffcompileError, ValueError):
+    """An option or environment variable that does not exist, or a value it does not take."""
+
+
+class UnknownHardwareError(EffcompileError, ValueError):
+    """A hardware name that no profile has."""
+
+
+class LiftError(EffcompileError):
+    """A graph that cannot be lifted faithfully. It goes to Inductor unchanged."""
+
+
+class VerifyError(EffcompileError):
+    """A rewrite whose result would differ from the original in shape, dtype, strides or uses."""
+
+
+class ExpressionError(EffcompileError, ValueError):
+    """Text that is not an index expression, or an expression that a printer cannot write."""
+
+
+class KernelError(EffcompileError):
+    """A kernel that could not be generated, built or launched."""

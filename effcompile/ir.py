@@ -1,0 +1,151 @@
+"""The nouns: frozen records that the rooms hand to one another.
+
+A *rule* recognises; it returns a `Match` (what the subgraph means) or a `Rejected` (why not). The cost model turns a match and
+its `Candidate`s into a `Decision`; a `Plan` is what one compiled graph came to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal, Protocol
+
+from torch.fx import Graph, GraphModule, Node
+
+Outcome = Literal["rewritten", "left", "refused"]
+CandidateKind = Literal["generated", "library", "inductor"]
+
+
+class Spec(Protocol):
+    """What an operation computes, without its tensors. Serialises to one line of JSON and back."""
+
+    def to_json(self) -> str: ...
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rejected:
+    """A rule did not apply. `step` names the stage of recognition, `node` the place that stopped it."""
+
+    why: str
+    step: str = ""
+    node: Node | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Match:
+    """A subgraph and its meaning: `output` equals the semantic operation `spec` of `inputs`.
+
+    `inputs` are the operation's tensor operands by role; `captures` the further tensors that its expressions load from, by name;
+    `sizes` the symbolic integers they mention, by name. `interior` are the nodes that vanish with the rewrite.
+    """
+
+    family: str
+    anchor: Node
+    output: Node
+    spec: Any
+    inputs: Mapping[str, Operand]
+    captures: Mapping[str, Node] = field(default_factory=lambda: MappingProxyType({}))
+    sizes: Mapping[str, Node | int] = field(default_factory=lambda: MappingProxyType({}))
+    interior: frozenset[Node] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operand:
+    """A tensor operand, as a chain of views on a node of the graph.
+
+    `views` are `(overload, args)` pairs applied to `base` in turn; `shape` and `dtype` describe the result, which the rewriter
+    casts to `dtype` if the base has another.
+    """
+
+    base: Node
+    views: tuple[tuple[Any, tuple[Any, ...]], ...] = ()
+    shape: tuple[Any, ...]
+    dtype: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """One recogniser. `anchors` are the overloads at which it is tried; `recognise(anchor, view)` matches or says why not."""
+
+    name: str
+    family: str
+    anchors: frozenset[Any]
+    recognise: Callable[[Node, Any], Match | Rejected | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a computation costs at least: arithmetic and main-memory traffic. Numbers, or sympy in the graph's sizes."""
+
+    flops: Any
+    bytes: Any
+    transcendentals: Any = 0
+    launches: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One way to carry out a match. `efficiency` is the share of the peak rates that this kind of kernel reaches."""
+
+    name: str
+    kind: CandidateKind
+    work: Work
+    compute_efficiency: float = 1.0
+    memory_efficiency: float = 1.0
+    config: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Predicted time of one candidate, in seconds, by the roof that it meets."""
+
+    candidate: str
+    compute_s: float
+    memory_s: float
+    launch_s: float
+
+    @property
+    def total_s(self) -> float:
+        """Seconds: the longer of compute and memory, plus launches."""
+        return max(self.compute_s, self.memory_s) + self.launch_s
+
+    @property
+    def bound(self) -> Literal["compute", "memory", "launch"]:
+        """The largest of the three terms."""
+        terms = {"compute": self.compute_s, "memory": self.memory_s, "launch": self.launch_s}
+        return max(terms, key=lambda name: terms[name])  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What was made of one site, and why, in one sentence that a person understands."""
+
+    family: str
+    outcome: Outcome
+    why: str
+    where: str
+    spec: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    chosen: str = ""
+    estimates: tuple[Estimate, ...] = ()
+    step: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All decisions about one graph, in graph order."""
+
+    decisions: tuple[Decision, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """A generated kernel file, and the function in it that launches it."""
+
+    source_path: str
+    launch: Callable[..., Any]
+
+
+Pass = Callable[[GraphModule], Graph]
