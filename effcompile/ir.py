@@ -39,7 +39,8 @@ class Match:
     """A subgraph and its meaning: `output` equals the semantic operation `spec` of `inputs`.
 
     `inputs` are the operation's tensor operands by role; `captures` the further tensors that its expressions load from, by name;
-    `sizes` the symbolic integers they mention, by name. `interior` are the nodes that vanish with the rewrite.
+    `sizes` the symbolic integers they mention, by name. `interior` are the nodes that vanish with the rewrite;
+    `layout` the index of each of `output`'s dimensions, in the operation's own index symbols.
     """
 
     family: str
@@ -50,6 +51,7 @@ class Match:
     captures: Mapping[str, Node] = field(default_factory=lambda: MappingProxyType({}))
     sizes: Mapping[str, Node | int] = field(default_factory=lambda: MappingProxyType({}))
     interior: frozenset[Node] = frozenset()
+    layout: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +74,7 @@ class Rule:
 
     name: str
     family: str
+    summary: str
     anchors: frozenset[Any]
     recognise: Callable[[Node, Any], Match | Rejected | None]
 

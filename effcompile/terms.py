@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -18,6 +18,8 @@ from sympy.logic.boolalg import And, Boolean, BooleanFalse, BooleanTrue, Not, Or
 from .errors import ExpressionError
 
 Term = sympy.Basic
+
+_EXACT_FLOAT32 = 2**24  # below it, every integer is a float32
 
 
 class Load(sympy.Function):
@@ -88,6 +90,9 @@ class Where(sympy.Function):
         if condition is sympy.false:
             return otherwise
         return None
+
+    def _eval_derivative(self, symbol: sympy.Symbol) -> Term:
+        return Where(self.args[0], self.args[1].diff(symbol), self.args[2].diff(symbol))
 
     def _eval_is_integer(self) -> bool | None:
         return True if self.args[1].is_integer and self.args[2].is_integer else None
@@ -168,80 +173,156 @@ def score_symbol() -> sympy.Symbol:
 
 
 def to_text(term: Term) -> str:
-    """`term` as a Python expression: `//` and `%` on integers, `&`, `|`, `~` on conditions, `tensor[...]` for loads.
+    """`term` as a Python expression: `//` and `%` on integers, `&`, `|`, `~` on conditions, `tensor.f[...]` for loads.
 
     Raises:
         ExpressionError: the term holds a function that has no textual form.
     """
-    return _Text().write(term)
+    return Writer().write(term)
 
 
-class _Text:
-    """Writes a term, parenthesised by need. Loads carry their kind as a suffix: `t0_f`, `t0_i`, `t0_b`."""
+# How tightly Python binds, loosest first.
+COMPARE, OR, AND, SUM, PRODUCT, UNARY, POWER, ATOM = range(8)
 
-    def write(self, term: Term) -> str:
-        kind = type(term)
+
+class Writer:
+    """Writes a term as a Python expression, with parentheses only where Python needs them.
+
+    A dialect overrides `load`, `function`, `number`, `floor_div` and `power`; `names` replaces whole subterms by a name.
+    """
+
+    def __init__(self, names: Mapping[Term, str] | None = None):
+        self.names = dict(names or {})
+
+    def write(self, term: Term, level: int = COMPARE) -> str:
+        """The text of `term`, in parentheses if it binds more loosely than `level`."""
+        text, own = self.parts(term)
+        return f"({text})" if own < level else text
+
+    def parts(self, term: Term) -> tuple[str, int]:
+        """Text, and how tightly its outermost operator binds."""
+        if term in self.names:
+            return self.names[term], ATOM
         if isinstance(term, Load):
-            suffix = next(key for key, load in _LOADS.items() if type(term) is load)
-            inner = ", ".join(self.write(index) for index in term.indices)
-            return f"{term.tensor}.{suffix}[{inner}]"
+            return self.load(term), ATOM
         if isinstance(term, (BooleanTrue, BooleanFalse)):
-            return str(term)
+            return str(term), ATOM
         if isinstance(term, sympy.Symbol):
-            return term.name
+            return term.name, ATOM
         if isinstance(term, sympy.Number):
             return self.number(term)
-        if kind in _RELATIONS:
-            return f"({self.write(term.args[0])} {_RELATIONS[kind]} {self.write(term.args[1])})"
+        if type(term) in _RELATIONS:
+            left, right = (self.write(a, OR) for a in term.args)
+            return f"{left} {_RELATIONS[type(term)]} {right}", COMPARE
         if isinstance(term, And):
-            return "(" + " & ".join(sorted(self.write(a) for a in term.args)) + ")"
+            return " & ".join(sorted(self.write(a, SUM) for a in term.args)), AND
         if isinstance(term, Or):
-            return "(" + " | ".join(sorted(self.write(a) for a in term.args)) + ")"
+            return " | ".join(sorted(self.write(a, AND) for a in term.args)), OR
         if isinstance(term, Not):
-            return f"(~{self.write(term.args[0])})"
-        if isinstance(term, (FloorDiv, Modulo)):
-            operator = "//" if isinstance(term, FloorDiv) else "%"
-            return f"({self.write(term.args[0])} {operator} {self.write(term.args[1])})"
+            return f"~{self.write(term.args[0], UNARY)}", UNARY
+        return self.arithmetic(term)
+
+    def arithmetic(self, term: Term) -> tuple[str, int]:
+        if isinstance(term, FloorDiv):
+            return self.floor_div(term)
+        if isinstance(term, Modulo):
+            return self.modulo(term)
         if isinstance(term, sympy.Add):
-            return "(" + self.sum(term) + ")"
+            return self.sum(term)
         if isinstance(term, sympy.Mul):
-            return "(" + self.product(term) + ")"
+            return self.product(term)
         if isinstance(term, sympy.Pow):
             return self.power(term)
-        if kind in _FUNCTION_NAMES:
-            return f"{_FUNCTION_NAMES[kind]}({', '.join(self.write(a) for a in term.args)})"
-        raise ExpressionError(f"Expected a term of index expressions but got {kind.__name__}={term!r}")
+        return self.function(term), ATOM
 
-    def number(self, term: sympy.Number) -> str:
-        if term is sympy.oo:
-            return "inf"
-        if term is -sympy.oo:
-            return "(-inf)"
-        if term is sympy.nan:
-            return "nan"
-        if term.is_Integer:
-            return str(int(term)) if term >= 0 else f"({int(term)})"
-        if term.is_Rational:
-            return f"({term.p} / {term.q})"
-        value = float(term)
-        return repr(value) if value >= 0 else f"({value!r})"
+    def load(self, term: Load) -> str:
+        suffix = next(key for key, load in _LOADS.items() if type(term) is load)
+        return f"{term.tensor}.{suffix}[{', '.join(self.write(index) for index in term.indices)}]"
 
-    def sum(self, term: sympy.Add) -> str:
-        parts = [self.write(a) for a in term.as_ordered_terms()]
-        return " + ".join(parts)
+    def floor_div(self, term: Term) -> tuple[str, int]:
+        return f"{self.write(term.args[0], PRODUCT)} // {self.write(term.args[1], UNARY)}", PRODUCT
 
-    def product(self, term: sympy.Mul) -> str:
+    def modulo(self, term: Term) -> tuple[str, int]:
+        return f"{self.write(term.args[0], PRODUCT)} % {self.write(term.args[1], UNARY)}", PRODUCT
+
+    def number(self, term: sympy.Number) -> tuple[str, int]:
+        if term in (sympy.oo, -sympy.oo, sympy.nan):
+            text = {sympy.oo: "inf", -sympy.oo: "-inf", sympy.nan: "nan"}[term]
+        elif term.is_Rational and not term.is_Integer:
+            return f"{term.p} / {term.q}", PRODUCT
+        else:
+            text = str(int(term)) if term.is_Integer else repr(float(term))
+        return text, UNARY if text.startswith("-") else ATOM
+
+    def sum(self, term: sympy.Add) -> tuple[str, int]:
+        first, *rest = _positive_first(term.args)
+        text = self.write(first, SUM)
+        for part in rest:
+            if part.could_extract_minus_sign():
+                text += f" - {self.write(-part, PRODUCT)}"
+            else:
+                text += f" + {self.write(part, PRODUCT)}"
+        return text, SUM
+
+    def product(self, term: sympy.Mul) -> tuple[str, int]:
         if term.args[0] == -1:
-            return "-" + self.write(sympy.Mul(*term.args[1:]))
-        return " * ".join(self.write(a) for a in term.args)
+            return f"-{self.write(sympy.Mul(*term.args[1:]), UNARY)}", UNARY
+        over, under = [], []
+        for factor in term.args:
+            if isinstance(factor, sympy.Pow) and factor.exp.is_number and factor.exp.is_negative:
+                under.append(1 / factor)
+            elif isinstance(factor, sympy.Rational) and not factor.is_Integer:
+                over += [sympy.Integer(factor.p)] if factor.p != 1 else []
+                under.append(sympy.Integer(factor.q))
+            else:
+                over.append(factor)
+        text = " * ".join(self.write(f, UNARY if at else PRODUCT) for at, f in enumerate(over)) or "1"
+        return " / ".join([text, *(self.write(f, UNARY) for f in under)]), PRODUCT
 
-    def power(self, term: sympy.Pow) -> str:
+    def power(self, term: sympy.Pow) -> tuple[str, int]:
         base, exponent = term.args
         if exponent == sympy.Rational(1, 2):
-            return f"sqrt({self.write(base)})"
-        if exponent == -1:
-            return f"(1 / {self.write(base)})"
-        return f"({self.write(base)} ** {self.write(exponent)})"
+            return f"sqrt({self.write(base)})", ATOM
+        if exponent.is_number and exponent.is_negative:
+            return f"1 / {self.write(1 / term, UNARY)}", PRODUCT
+        return f"{self.write(base, ATOM)} ** {self.write(exponent, ATOM)}", POWER
+
+    def function(self, term: Term) -> str:
+        if type(term) not in _FUNCTION_NAMES:
+            raise ExpressionError(
+                f"Expected a term of index expressions but got {type(term).__name__}={term!r}. Add the function to terms.FUNCTIONS."
+            )
+        return f"{_FUNCTION_NAMES[type(term)]}({', '.join(self.write(a) for a in term.args)})"
+
+
+def _positive_first(terms: Sequence[Term]) -> list[Term]:
+    """The summands in a fixed order that starts, if it can, without a minus sign."""
+    return sorted(terms, key=lambda t: (t.could_extract_minus_sign(), t.is_number, sympy.default_sort_key(t)))
+
+
+def derivative(term: Term, symbol: sympy.Symbol) -> Term:
+    """The derivative by a real symbol, almost everywhere: roundings are flat, kinks take one side.
+
+    Raises:
+        ExpressionError: a function in the term has no derivative here.
+    """
+    flat = term.replace(lambda t: isinstance(t, (sympy.floor, sympy.ceiling)) and t.has(symbol), lambda t: t.func(_Frozen(t.args[0])))
+    slope = sympy.diff(flat, symbol)
+    slope = slope.replace(sympy.Heaviside, lambda x, *_: Where(x > 0, sympy.S.One, sympy.S.Zero))
+    slope = slope.replace(sympy.sign, lambda x: Where(x > 0, sympy.S.One, Where(x < 0, -sympy.S.One, sympy.S.Zero)))
+    slope = slope.replace(_Frozen, lambda x: x)
+    if slope.has(sympy.Derivative, sympy.Subs):
+        raise ExpressionError(f"Expected a differentiable term but got term={to_text(term)!r}")
+    return slope
+
+
+class _Frozen(sympy.Function):
+    """A subterm that counts as constant."""
+
+    is_real = True
+
+    def _eval_derivative(self, symbol: sympy.Symbol) -> Term:
+        return sympy.S.Zero
 
 
 def from_text(text: str, *, reals: frozenset[str] = frozenset({"s"})) -> Term:
@@ -329,6 +410,8 @@ def number(value: bool | int | float) -> Term:
         return sympy.oo if value > 0 else -sympy.oo
     if math.isnan(value):
         return sympy.nan
+    if value.is_integer() and abs(value) < _EXACT_FLOAT32:
+        return sympy.Integer(int(value))
     return sympy.Float(value)
 
 
@@ -340,5 +423,5 @@ def conjuncts(condition: Term) -> tuple[Term, ...]:
 
 
 def is_condition(term: Term) -> bool:
-    """Whether a term is a truth value rather than a number."""
-    return isinstance(term, Boolean)
+    """Whether a term is a truth value rather than a number. (To sympy, a symbol is both.)"""
+    return isinstance(term, Boolean) and not isinstance(term, sympy.Symbol)

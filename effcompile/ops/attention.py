@@ -9,8 +9,14 @@ tensors and integer sizes. Nothing else is known of them: causality, windows, do
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
+
+import torch
+
+from ..evaluate import Evaluator
+from ..terms import from_text
 
 Empty = Literal["impossible", "nan", "zero", "mean"]
 Precision = Literal["ieee", "tf32"]
@@ -55,3 +61,154 @@ class AttentionSpec:
         """Read what `to_json` wrote."""
         fields = json.loads(text)
         return cls(**{**fields, "captures": tuple(fields["captures"]), "sizes": tuple(fields["sizes"])})
+
+
+def reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    captures: Sequence[torch.Tensor],
+    sizes: Sequence[int],
+    spec: AttentionSpec,
+    *,
+    dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition, in plain PyTorch: materialises the scores.
+
+    Args:
+        q: [B, H, Tq, D].
+        k: [B, H / g, Tk, D].
+        v: [B, H / g, Tk, Dv].
+        captures: tensors that the expressions load from, in the order of `spec.captures`.
+        sizes: integers that they mention, in the order of `spec.sizes`.
+        dtype: to compute in; float32, or float64 for float64 operands, if not given.
+
+    Returns:
+        The output [B, H, Tq, Dv] in the dtype of `v`, and the log-sum-exp of the logits [B, H, Tq] in `dtype`.
+    """
+    dtype = dtype or torch.promote_types(q.dtype, torch.float32)
+    group = q.shape[1] // k.shape[1]
+    keys, values = (x.to(dtype).repeat_interleave(group, dim=1) for x in (k, v))
+    logits = q.to(dtype) @ keys.mT
+    evaluator = Evaluator(
+        {**index_tensors(q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.device), **dict(zip(spec.sizes, sizes, strict=True)), "s": logits},
+        dict(zip(spec.captures, captures, strict=True)),
+        dtype=dtype,
+        device=q.device,
+    )
+    scores = evaluator.tensor(from_text(spec.score), dtype).expand(logits.shape)
+    mask = evaluator.tensor(from_text(spec.mask), torch.bool).expand(logits.shape)
+    masked = scores.masked_fill(~mask, float("-inf"))
+    if spec.empty == "mean":
+        masked = torch.where(mask.any(-1, keepdim=True), masked, torch.zeros_like(masked))
+    if spec.sink is not None:
+        sink = evaluator.tensor(from_text(spec.sink), dtype).expand(*logits.shape[:3], 1)
+        masked = torch.cat([masked, sink], dim=-1)
+    weights = masked.softmax(-1)[..., : k.shape[2]]
+    if spec.empty == "zero":
+        weights = torch.where(mask.any(-1, keepdim=True), weights, torch.zeros_like(weights))
+    return (weights @ values).to(v.dtype), masked.logsumexp(-1)
+
+
+def index_tensors(b: int, h: int, i: int, j: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """The index symbols as tensors that broadcast to [b, h, i, j]."""
+    shapes = {"b": (b, (-1, 1, 1, 1)), "h": (h, (-1, 1, 1)), "i": (i, (-1, 1)), "j": (j, (-1,))}
+    return {name: torch.arange(n, device=device).view(shape) for name, (n, shape) in shapes.items()}
+
+
+# -------------------------------------------------------------------- the operators
+
+LIBRARY = torch.library.Library("effcompile", "FRAGMENT")
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+LIBRARY.define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor[] captures, SymInt[] sizes, str spec, str layout) -> (Tensor, Tensor)", tags=_TAGS
+)
+LIBRARY.define(
+    "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor[] captures, SymInt[] sizes, str spec)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+
+Layout = Literal["bhtd", "bthd"]
+
+
+def empty_output(q: torch.Tensor, v: torch.Tensor, layout: str) -> torch.Tensor:
+    """An output [B, H, Tq, Dv], in memory ordered as `layout` says."""
+    b, h, t, d = q.shape[0], q.shape[1], q.shape[2], v.shape[3]
+    if layout == "bthd":
+        return v.new_empty((b, t, h, d)).transpose(1, 2)
+    return v.new_empty((b, h, t, d))
+
+
+@torch.library.register_fake("effcompile::attention", lib=LIBRARY)
+def _fake(q: Any, k: Any, v: Any, captures: Any, sizes: Any, spec: str, layout: str) -> tuple[torch.Tensor, torch.Tensor]:
+    return empty_output(q, v, layout), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.register_fake("effcompile::attention_backward", lib=LIBRARY)
+def _fake_backward(
+    grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, captures: Any, sizes: Any, spec: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    rows = lse.shape if AttentionSpec.from_json(spec).sink is not None else (0,)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), lse.new_empty(rows)
+
+
+def _cpu(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captures: Any, sizes: Any, spec: str, layout: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    result, lse = reference(q, k, v, captures, sizes, AttentionSpec.from_json(spec))
+    out = empty_output(q, v, layout)
+    out.copy_(result)
+    return out, lse.float()
+
+
+def reference_backward(
+    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: Any, lse: Any, captures: Any, sizes: Any, spec: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    parsed = AttentionSpec.from_json(spec)
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        result, total = reference(*leaves, captures, sizes, parsed)
+        grads = torch.autograd.grad(result, leaves, grad)
+    if parsed.sink is None:
+        return *grads, lse.new_empty((0,))
+    delta = (grad.float() * out.float()).sum(-1)
+    return *grads, -(sink_logits(q, captures, sizes, parsed) - lse).exp() * delta
+
+
+def sink_logits(q: torch.Tensor, captures: Any, sizes: Any, spec: AttentionSpec) -> torch.Tensor:
+    """The sink's logit for each row, [B, H, Tq], in float32."""
+    assert spec.sink is not None
+    symbols = {**index_tensors(q.shape[0], q.shape[1], q.shape[2], 1, q.device), **dict(zip(spec.sizes, sizes, strict=True))}
+    evaluator = Evaluator(symbols, dict(zip(spec.captures, captures, strict=True)), dtype=torch.float32, device=q.device)
+    return evaluator.tensor(from_text(spec.sink), torch.float32).expand(*q.shape[:3], 1)[..., 0]
+
+
+LIBRARY.impl("attention", _cpu, "CPU")
+LIBRARY.impl("attention_backward", reference_backward, "CPU")
+
+
+def _save(ctx: Any, inputs: Any, output: Any) -> None:
+    q, k, v, captures, sizes, spec, _layout = inputs
+    out, lse = output
+    ctx.save_for_backward(q, k, v, out, lse, *captures)
+    ctx.sizes, ctx.spec = sizes, spec
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad: torch.Tensor | None, _lse: Any) -> tuple[Any, ...]:
+    q, k, v, out, lse, *captures = ctx.saved_tensors
+    if grad is None:
+        return (None,) * 7
+    dq, dk, dv, rows = torch.ops.effcompile.attention_backward(grad, q, k, v, out, lse, captures, ctx.sizes, ctx.spec)
+    spec = AttentionSpec.from_json(ctx.spec)
+    captured: list[torch.Tensor | None] = [None] * len(captures)
+    if spec.sink is not None:
+        position = spec.captures.index(spec.sink.split(".")[0]) if spec.sink.split(".")[0] in spec.captures else None
+        if position is not None and captures[position].shape == (q.shape[1],):
+            captured[position] = rows.sum(dim=(0, 2)).to(captures[position].dtype)
+    return dq, dk, dv, captured, None, None, None
+
+
+torch.library.register_autograd("effcompile::attention", _differentiate, setup_context=_save, lib=LIBRARY)

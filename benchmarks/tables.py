@@ -1,0 +1,209 @@
+"""Writes the README's tables of results, between `<!-- results:begin -->` and `<!-- results:end -->`, from benchmarks/results/*.json.
+
+    python benchmarks/tables.py           rewrite them
+    python benchmarks/tables.py --check   exit 1 if the README differs from the JSON files
+
+Tables hold ratios to the peers of the same run, with the device, the versions and the commit; absolute times stay in the JSON
+files. Files of quick tries (`--scale`, `--smoke`) are passed over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+MISSING = "-"
+
+Payload = dict[str, Any]
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table; the first column is left-aligned, the others right-aligned."""
+    header = list(header)
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *(list(row) for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def times(peer: float | None, ours: float | None) -> str:
+    """How many times less `ours` is than `peer`: `2.5x`."""
+    return MISSING if not peer or not ours else f"{peer / ours:.2f}x"
+
+
+def share(part: float | None, whole: float | None) -> str:
+    """`part / whole` with two digits."""
+    return MISSING if not part or not whole else f"{part / whole:.2f}"
+
+
+def source(payload: Payload) -> str:
+    """Where and with what a file's figures were taken, in one sentence."""
+    where = payload["environment"]
+    versions = [f"torch {where['torch']}"] + ([f"Triton {where['triton']}"] if where.get("triton") else [])
+    return f"*{where['device']}, {', '.join(versions)}, commit {where['commit']}, {where['date']}.*"
+
+
+def _by_contender(results: list[Payload], **where: Any) -> dict[str, Payload]:
+    chosen = [r for r in results if all(r[key] == value for key, value in where.items())]
+    return {r["contender"]: r for r in chosen}
+
+
+def _value(found: dict[str, Payload], contender: str, key: str) -> float | None:
+    return found.get(contender, {}).get(key)
+
+
+def _against_eager(found: dict[str, Payload]) -> str:
+    ran_out = found.get("eager", {}).get("status") == "oom"
+    return "eager runs out of memory" if ran_out else times(_value(found, "eager", "ms"), _value(found, "effarch", "ms"))
+
+
+def attention(payload: Payload) -> str:
+    """Speed against each peer, memory, error and the share of the floor, for each row and mode."""
+    results = payload["results"]
+    peers = ("eager", "Inductor", "FlexAttention", "SDPA")
+    header = ("attention", "mode", *peers, "floor / ours", "memory / Flex's", "error / eager's")
+    rows = []
+    for row, mode in dict.fromkeys((r["row"], r["mode"]) for r in results):
+        found = _by_contender(results, row=row, mode=mode)
+        ours = found.get("effarch")
+        if ours is None:
+            continue
+        if "ms" not in ours:
+            rows.append((ours["title"], mode, ours["status"], *[MISSING] * 6))
+            continue
+        sdpa = [ms for name in ("sdpa-flash2", "sdpa-cudnn") if (ms := _value(found, name, "ms"))]
+        speed = [times(_value(found, name, "ms"), ours["ms"]) for name in ("inductor", "flex")]
+        best = times(min(sdpa, default=None), ours["ms"])
+        memory = share(ours["peak_mb"], _value(found, "flex", "peak_mb"))
+        floor = MISSING if ours["of_floor"] is None else f"{ours['of_floor']:.2f}"
+        error = MISSING if "error_vs_eager" not in ours else f"{ours['error_vs_eager']:.2f}"
+        rows.append((ours["title"], mode, _against_eager(found), *speed, best, floor, memory, error))
+    first = [r["first_s"] for r in results if r["contender"] == "effarch" and "first_s" in r]
+    note = f"The longest first call of effarch took {max(first):.0f} s." if first else ""
+    lead = "How many times faster than each peer, which all ran beside it; SDPA is the better of FlashAttention 2 and cuDNN."
+    return "\n\n".join(filter(None, ("#### Attention written in plain PyTorch", lead, table(header, rows), note, source(payload))))
+
+
+def models(payload: Payload) -> str:
+    """Speed and memory of whole models, and their errors."""
+    results = payload["results"]
+    header = ("model", "tokens", "eager", "Inductor", "memory / Inductor's", "error / eager's")
+    rows = []
+    for name in dict.fromkeys(r["model"] for r in results):
+        found = _by_contender(results, model=name)
+        ours = found.get("effarch")
+        if ours is None:
+            continue
+        if "ms" not in ours:
+            rows.append((name, str(ours["tokens"]), ours["status"], *[MISSING] * 3))
+            continue
+        memory = share(ours["peak_mb"], _value(found, "inductor", "peak_mb"))
+        error = share(ours["error_to_float32"], ours["eagers_error_to_float32"])
+        speed = times(_value(found, "inductor", "ms"), ours["ms"])
+        rows.append((name, str(ours["tokens"]), _against_eager(found), speed, memory, error))
+    lead = "Hugging Face models at their real width, two layers, eager attention, one forward pass: how many times faster."
+    return "\n\n".join(("#### Whole models", lead, table(header, rows), source(payload)))
+
+
+def coverage(payload: Payload) -> str:
+    """Attention sites rewritten out of those found, model by model."""
+    results, total = payload["results"], payload["totals"]
+    implementations = list(dict.fromkeys(r["attention"] for r in results))
+    by_key = {(r["model"], r["attention"]): r for r in results}
+
+    def cell(model: str, implementation: str) -> str:
+        found = by_key.get((model, implementation), {"status": "not run"})
+        return f"{found['rewritten']} of {found['sites']}" if found["status"] == "ok" else found["status"]
+
+    rows = [(name, *(cell(name, i) for i in implementations)) for name in dict.fromkeys(r["model"] for r in results)]
+    lead = (
+        f"Attention sites rewritten, of those found, in tiny Hugging Face models: {total['rewritten']} of {total['sites']}"
+        f" ({total['left']} left to Inductor, {total['refused']} refused)."
+        f" The largest relative error of an output is {total['largest_error_rel_l2']:.0e}."
+    )
+    return "\n\n".join(("#### Coverage", lead, table(("model", *implementations), rows), source(payload)))
+
+
+def compile_time(payload: Payload) -> str:
+    """The median share of compile time that effarch adds."""
+    shares = [r["added_share"] for r in payload["results"] if "added_share" in r]
+    lead = (
+        f"Before Inductor starts, effarch takes {payload['median_added_share']:.1%} of the time that Inductor takes alone"
+        f" (median of {len(shares)} models, cold; largest {max(shares):.1%})."
+    )
+    return "\n\n".join(("#### Compile time", lead, source(payload)))
+
+
+def compile_cache(payload: Payload) -> str:
+    """How many second processes found both caches."""
+    ran = [r for r in payload["results"] if "hits_both" in r]
+    hits = sum(r["hits_both"] for r in ran)
+    lead = f"In a second process both of torch's caches, AOTAutograd's and Inductor's, are hit for {hits} of {len(ran)} models."
+    return "\n\n".join(("#### Compile cache", lead, source(payload)))
+
+
+def cpu_attention(payload: Payload) -> str:
+    """Speed against Inductor on a CPU: median and least over the lengths."""
+    ran = [r for r in payload["results"] if r["status"] == "ok"]
+    rows = []
+    for variant, dtype, mode in dict.fromkeys((r["variant"], r["dtype"], r["mode"]) for r in ran):
+        ratios = [r["times_faster"] for r in ran if (r["variant"], r["dtype"], r["mode"]) == (variant, dtype, mode)]
+        rows.append((variant, dtype, mode, f"{statistics.median(ratios):.2f}x", f"{min(ratios):.2f}x"))
+    lengths = sorted({r["tokens"] for r in ran})
+    threads, shortest, longest = payload["environment"]["threads"], lengths[0], lengths[-1]
+    lead = f"How many times faster than Inductor on a CPU (threads: {threads}; T {shortest} to {longest})."
+    header = ("attention", "dtype", "mode", "median", "least")
+    return "\n\n".join(("#### Attention on a CPU", lead, table(header, rows), source(payload)))
+
+
+SECTIONS: dict[str, Callable[[Payload], str]] = {
+    "attention": attention,
+    "models": models,
+    "coverage": coverage,
+    "compile-time": compile_time,
+    "compile-cache": compile_cache,
+    "cpu-attention": cpu_attention,
+}
+
+
+def render(folder: Path) -> str:
+    """All sections, in the order of `SECTIONS`, one for each JSON file."""
+    payloads = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    payloads = [p for p in payloads if p.get("scale", 1) == 1 and not p.get("smoke")]
+    found = [SECTIONS[name](p) for name in SECTIONS for p in payloads if p.get("benchmark") == name]
+    return "\n\n".join(found) if found else "No results yet."
+
+
+def insert(text: str, tables: str) -> str:
+    """`text` with `tables` between the two marks.
+
+    Raises:
+        SystemExit: the marks are not there, each once and in order.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise SystemExit(f"Expected one {BEGIN} and after it one {END} in the README")
+    return f"{text[: text.index(BEGIN)]}{BEGIN}\n{tables}\n{text[text.index(END) :]}"
+
+
+def main() -> None:
+    """Read the command line; rewrite the README or check it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the README is not up to date")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    args = parser.parse_args()
+    text = args.readme.read_text()
+    fresh = insert(text, render(args.results))
+    if args.check:
+        if fresh != text:
+            raise SystemExit(f"{args.readme} differs from {args.results}: run python benchmarks/tables.py")
+    else:
+        args.readme.write_text(fresh)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""Attention of any specification, forward and backward, on a GPU: chooses a configuration, writes the kernels, launches them.
+
+    out, lse = forward(q, k, v, captures, sizes, spec)
+    dq, dk, dv, d_sink = backward(grad_out, q, k, v, out, lse, captures, sizes, spec)
+
+q is [B, H, TQ, D], k [B, H_KV, TK, D], v [B, H_KV, TK, D_V], each of any strides; query head h reads key head h // (H // H_KV).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import KernelError
+from ..ops.attention import AttentionSpec
+from . import emit
+
+Layout = Literal["bhtd", "bthd"]
+Arch = str  # "sm_90", "gfx942", or "cpu" for Triton's interpreter
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_directory: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """Tile of queries by tile of keys, and how one program runs."""
+
+    block_m: int
+    block_n: int
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def options(self) -> dict[str, int]:
+        """As keyword arguments of a kernel launch."""
+        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Launches of the three kernels. `fast_tanh`: NVIDIA's own tanh instruction, with a relative error of 2^-11."""
+
+    forward: Launch
+    dq: Launch
+    dkv: Launch
+    fast_tanh: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What a configuration depends on, beside the specification: never a sequence length."""
+
+    d_qk: int
+    d_v: int
+    dtype: torch.dtype
+    arch: Arch
+
+    @property
+    def width(self) -> int:
+        """The larger head dimension, as the kernels pad it."""
+        return max(16, 1 << (max(self.d_qk, self.d_v) - 1).bit_length())
+
+
+def set_directory(directory: Path | str | None) -> None:
+    """Where kernel files are written from now on; `None`: the user's cache directory."""
+    global _directory
+    _directory = None if directory is None else Path(directory)
+    _module.cache_clear()
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captures: Sequence[Tensor],
+    sizes: Sequence[int],
+    spec: AttentionSpec,
+    *,
+    config: Config | None = None,
+    out_layout: Layout = "bhtd",
+) -> tuple[Tensor, Tensor]:
+    """`(out, lse)`: out [B, H, TQ, D_V] in v's dtype, dense in the order of `out_layout`; lse [B, H, TQ] float32, natural units,
+    -inf for a row without keys.
+
+    Raises:
+        KernelError: shapes or dtypes that the kernels do not take.
+    """
+    module = _kernels(q, k, v, captures, sizes, spec, config)
+    return module.forward(q, k, v, *captures, *sizes, out_layout=out_layout)
+
+
+def backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    captures: Sequence[Tensor],
+    sizes: Sequence[int],
+    spec: AttentionSpec,
+    *,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """`(dq, dk, dv, d_sink)`. d_sink [B, H, TQ] float32 is the gradient of each row's sink logit, `None` without a sink.
+
+    A row without keys: "zero" and "nan" rows send no gradient; "mean" rows send that of a softmax of equal logits.
+    """
+    module = _kernels(q, k, v, captures, sizes, spec, config)
+    return module.backward(grad_out, q, k, v, out, lse, *captures, *sizes)
+
+
+def source(spec: AttentionSpec, problem: Problem, *, config: Config | None = None) -> str:
+    """The text of the kernel file for a specification and a problem."""
+    config = config or default_config(spec, problem)
+    return emit.attention_source(
+        spec,
+        d_qk=problem.d_qk,
+        d_v=problem.d_v,
+        dtype=str(problem.dtype).removeprefix("torch."),
+        forward=config.forward.options(),
+        dq=config.dq.options(),
+        dkv=config.dkv.options(),
+        fast_tanh=config.fast_tanh,
+    )
+
+
+def _kernels(
+    q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], sizes: Sequence[int], spec: AttentionSpec, config: Config | None
+) -> ModuleType:
+    _check(q, k, v, captures, sizes, spec)
+    return _module(spec, q.shape[-1], v.shape[-1], q.dtype, q.device, config)
+
+
+@lru_cache(maxsize=1024)
+def _module(spec: AttentionSpec, d_qk: int, d_v: int, dtype: torch.dtype, device: torch.device, config: Config | None) -> ModuleType:
+    problem = Problem(d_qk=d_qk, d_v=d_v, dtype=dtype, arch=architecture(device))
+    return emit.load_kernel(emit.write_kernel(source(spec, problem, config=config), _directory))
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], sizes: Sequence[int], spec: AttentionSpec) -> None:
+    if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
+        raise KernelError(f"Expected q, k and v of one dtype of {DTYPES} but got {q.dtype}, {k.dtype}, {v.dtype}. Cast them first.")
+    if q.ndim != 4 or q.shape[1] % k.shape[1] or k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise KernelError(
+            "Expected q [B, H, TQ, D], k [B, H_KV, TK, D] and v [B, H_KV, TK, D_V] with H a multiple of H_KV but got "
+            f"q={tuple(q.shape)}, k={tuple(k.shape)}, v={tuple(v.shape)}."
+        )
+    if len(captures) != len(spec.captures) or len(sizes) != len(spec.sizes):
+        raise KernelError(
+            f"Expected captures={spec.captures!r} and sizes={spec.sizes!r} but got {len(captures)} tensors and {len(sizes)} integers."
+        )
+
+
+# --------------------------------------------------------------------------------------------------------------- configurations
+
+
+@lru_cache(maxsize=64)
+def architecture(device: torch.device) -> Arch:
+    """`"sm_90"`, `"gfx942"`, ...; `"cpu"` for Triton's interpreter."""
+    if device.type != "cuda":
+        return "cpu"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def _launch(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Launch:
+    return Launch(block_m=block_m, block_n=block_n, num_warps=num_warps, num_stages=num_stages)
+
+
+# (forward, dq, dkv) by padded head dimension, 2-byte operands.
+_LARGE = {  # sm_90, sm_100: 227 KB of shared memory a block
+    64: (_launch(128, 128, 8, 3), _launch(128, 64, 8, 3), _launch(64, 128, 8, 3)),
+    128: (_launch(128, 128, 8, 2), _launch(128, 64, 8, 2), _launch(64, 128, 8, 2)),
+    256: (_launch(128, 64, 8, 2), _launch(64, 64, 8, 2), _launch(64, 64, 8, 2)),
+}
+_SM_80 = {  # 163 KB
+    64: (_launch(128, 64, 4, 3), _launch(64, 64, 4, 3), _launch(64, 64, 4, 3)),
+    128: (_launch(128, 64, 8, 3), _launch(64, 64, 8, 2), _launch(64, 64, 8, 2)),
+    256: (_launch(64, 32, 4, 2), _launch(32, 32, 4, 2), _launch(32, 32, 4, 2)),
+}
+_SMALL = {  # sm_86, sm_89, sm_120: 99 KB
+    64: (_launch(128, 64, 4, 2), _launch(64, 64, 4, 2), _launch(64, 64, 4, 2)),
+    128: (_launch(64, 64, 4, 2), _launch(64, 32, 4, 2), _launch(32, 64, 4, 2)),
+    256: (_launch(32, 32, 4, 2), _launch(32, 32, 8, 1), _launch(32, 32, 8, 1)),
+}
+_AMD = {  # 64 KB of LDS, wavefronts of 64
+    64: (_launch(128, 64, 4, 2), _launch(64, 64, 4, 1), _launch(64, 64, 4, 1)),
+    128: (_launch(128, 64, 4, 1), _launch(64, 32, 4, 1), _launch(32, 64, 4, 1)),
+    256: (_launch(64, 32, 4, 1), _launch(32, 32, 4, 1), _launch(32, 32, 4, 1)),
+}
+_FULL_PRECISION = {  # float32 operands
+    64: (_launch(64, 32, 4, 2), _launch(32, 32, 4, 2), _launch(32, 32, 4, 2)),
+    128: (_launch(32, 32, 4, 2), _launch(32, 32, 4, 1), _launch(32, 32, 4, 1)),
+    256: (_launch(16, 32, 4, 1), _launch(16, 16, 4, 1), _launch(16, 16, 4, 1)),
+}
+
+
+def default_config(spec: AttentionSpec, problem: Problem) -> Config:
+    """The configuration for a problem, by a fixed rule: head dimension, dtype, architecture.
+
+    Raises:
+        KernelError: head dimensions beyond 256.
+    """
+    if problem.width > 256:
+        raise KernelError(f"Expected head dimensions up to 256 but got d_qk={problem.d_qk!r}, d_v={problem.d_v!r}.")
+    launches = _rules(problem)[max(64, problem.width)]
+    fast_tanh = problem.arch.startswith("sm_") and problem.dtype != torch.float32
+    return Config(forward=launches[0], dq=launches[1], dkv=launches[2], fast_tanh=fast_tanh and "tanh" in spec.score)
+
+
+def _rules(problem: Problem) -> dict[int, tuple[Launch, Launch, Launch]]:
+    if problem.dtype == torch.float32 or problem.arch == "cpu":
+        return _FULL_PRECISION
+    if problem.arch.startswith("gfx"):
+        return _AMD
+    if problem.arch in ("sm_90", "sm_100", "sm_103"):
+        return _LARGE
+    return _SM_80 if problem.arch == "sm_80" else _SMALL
+
+
+def candidates(spec: AttentionSpec, problem: Problem) -> tuple[Config, ...]:
+    """The default configuration first, then others worth timing, kernel by kernel around it."""
+    base = default_config(spec, problem)
+    found = [base]
+    for name in ("forward", "dq", "dkv"):
+        launch: Launch = getattr(base, name)
+        for other in _neighbours(launch):
+            found.append(replace(base, **{name: other}))
+    return tuple(found)
+
+
+def _neighbours(launch: Launch) -> list[Launch]:
+    return [
+        replace(launch, num_stages=launch.num_stages + 1),
+        replace(launch, block_n=max(16, launch.block_n // 2)),
+        replace(launch, block_n=launch.block_n * 2),
+        replace(launch, block_m=max(16, launch.block_m // 2)),
+        replace(launch, num_warps=12 - launch.num_warps if launch.num_warps in (4, 8) else 4),
+    ]

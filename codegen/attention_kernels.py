@@ -1,0 +1,705 @@
+"""The attention template: online softmax over the tiles of keys that the mask leaves, forward and backward.
+
+    O[b,h,i,:] = sum_j P[b,h,i,j] V[b,h//g,j,:],    P = softmax_j(score where visible),    s = Q[b,h,i,:] . K[b,h//g,j,:]
+
+This file is real Triton for causal attention, and the pattern from which `emit` weaves every other variant:
+
+- the functions under "Hooks" are replaced by those that the specification asks for;
+- `captures`, `fixed`, `rows`, `cols`, `row_ends`, `col_ends` and `table` stand for lists of arguments of any length: captured
+  tensors with their strides and sizes; loads that depend on neither index, on i, on j, and their ends over a tile; the block table;
+- `if FLAG:` of a module-level flag is decided when the file is written.
+
+Blocks: b_q [M, D], b_k [N, D], scores [M, N]; the kernel of dK and dV works on their transposes [N, M].
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .primitives import LOG2E, load_tile, store_tile, tile_range, wide
+
+# ------------------------------------------------------------------------------------------------------------------------ Flags
+
+ONLINE = tl.constexpr(True)  # the maximum is tracked; not needed where the score is bounded
+FOLDED = tl.constexpr(True)  # the score is in units of log2: log2(e) is part of its constants
+SCALED = tl.constexpr(True)  # the score is SCALE * s
+SLOPED = tl.constexpr(False)  # the derivative of the score varies over a tile
+TABLE = tl.constexpr(False)  # tiles come from a block table
+EXACT = tl.constexpr(False)  # the table looks at every element
+HEAD = tl.constexpr(True)  # partial tiles may come before the full ones
+SINK = tl.constexpr(False)  # a logit without a value joins the softmax
+ZERO = tl.constexpr(False)  # a row without keys is zero
+MEAN = tl.constexpr(False)  # a row without keys is the mean of all values
+
+SCALE = tl.constexpr(1.0)  # of SCALED, in the unit of the score
+SLOPE = tl.constexpr(1.0)  # of not SLOPED: the derivative of the score, natural units
+PRECISION = tl.constexpr("ieee")
+RUNTIME = ["TQ", "TK"]
+TABLE_BY_BATCH = True
+TABLE_BY_HEAD = True
+TABLE_CHUNK = 32
+FORWARD = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+DQ = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+DKV = {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2}
+
+# ------------------------------------------------------------------------------------------------------------------------ Hooks
+
+
+@triton.jit
+def score(s, b, h, i, j, inside, fixed, rows, cols, captures):
+    """The logit of one pair."""
+    return s * SCALE
+
+
+@triton.jit
+def score_and_slope(s, b, h, i, j, inside, fixed, rows, cols, captures):
+    """The logit of one pair, and its derivative by s in natural units."""
+    return s * SCALE, SLOPE
+
+
+@triton.jit
+def visible(b, h, i, j, inside, fixed, rows, cols, captures):
+    """Whether key j takes part for query i."""
+    return j <= i
+
+
+@triton.jit
+def sink_logit(b, h, i, fixed, rows, captures):
+    """The logit without a value, natural units."""
+    return tl.cast(i, tl.float32)
+
+
+@triton.jit
+def key_range(b, h, i0, i1, TQ, TK, fixed, captures):
+    """lo, full_lo, full_hi, hi of the keys of queries [i0, i1]."""
+    return 0, 0, tl.minimum(TK, i0 + 1), tl.minimum(TK, i1 + 1)
+
+
+@triton.jit
+def query_range(b, h, j0, j1, TQ, TK, fixed, captures):
+    """lo, full_lo, full_hi, hi of the queries of keys [j0, j1]."""
+    return j0, tl.minimum(TQ, j1), TQ, TQ
+
+
+@triton.jit
+def classify(b, h, i0, i1, j0, j1, fixed, row_ends, col_ends, captures):
+    """Whether a tile may hold a visible pair, and whether it certainly holds nothing else."""
+    return j0 <= i1, j1 <= i0
+
+
+def load_fixed(b, h, captures):
+    """Loads that depend on neither index."""
+
+
+def load_rows(b, h, i, fixed, captures):
+    """Loads that depend on the query alone."""
+
+
+def load_cols(b, h, j, fixed, captures):
+    """Loads that depend on the key alone."""
+
+
+def load_row_ends(b, h, i, fixed, captures):
+    """Least and greatest of each load of `load_rows` over the last axis of i."""
+
+
+def load_col_ends(b, h, j, fixed, captures):
+    """Least and greatest of each load of `load_cols` over the last axis of j."""
+
+
+# --------------------------------------------------------------------------------------------------------------------- Forward
+
+
+@triton.jit
+def weight(x):
+    """exp of a logit that is in the unit of the score."""
+    if FOLDED:
+        return tl.exp2(x)
+    else:
+        return tl.exp2(x * LOG2E)
+
+
+@triton.jit
+def attend(
+    acc, total, peak, b_q, k_base, v_base, tiles, first, last, b, h, i, TQ, TK,
+    stride_kt, stride_kd, stride_vt, stride_vd, fixed, rows, captures,
+    MASKED: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Adds key tiles [first, last) to the running sum `acc` [M, D_V], its normaliser `total` [M] and its maximum `peak` [M]."""
+    for step in tl.range(first, last):
+        if TABLE:
+            n = tl.load(tiles + step)
+        else:
+            n = step
+        j0 = n * BLOCK_N
+        j = j0 + tl.arange(0, BLOCK_N)[None, :]  # [1, N]
+        b_k = load_tile(k_base + wide(j0) * stride_kt, TK - j0, stride_kt, stride_kd, BLOCK_N, BLOCK_QK, D_QK, MASKED)
+        s = tl.dot(b_q, b_k.T, input_precision=PRECISION)  # [M, N]
+        inside = i < TQ
+        cols = load_cols(b, h, tl.minimum(j, TK - 1), fixed, captures)
+        if MASKED:
+            inside = inside & (j < TK)
+        if SCALED:
+            x = s
+        else:
+            x = score(s, b, h, i, j, inside, fixed, rows, cols, captures)
+        if MASKED:
+            x = tl.where(visible(b, h, i, j, inside, fixed, rows, cols, captures) & (j < TK), x, float("-inf"))
+        if ONLINE:
+            if SCALED:
+                new_peak = tl.maximum(peak, tl.max(x, 1) * SCALE)
+                p = weight(x * SCALE - new_peak[:, None])
+            else:
+                new_peak = tl.maximum(peak, tl.max(x, 1))
+                p = weight(x - new_peak[:, None])
+            decay = weight(peak - new_peak)
+            peak = new_peak
+            total = total * decay + tl.sum(p, 1)
+            acc = acc * decay[:, None]
+        else:
+            p = weight(x)
+            total = total + tl.sum(p, 1)
+        b_v = load_tile(v_base + wide(j0) * stride_vt, TK - j0, stride_vt, stride_vd, BLOCK_N, BLOCK_V, D_V, MASKED)
+        acc = tl.dot(p.to(b_v.dtype), b_v, acc, input_precision=PRECISION)
+    return acc, total, peak
+
+
+@triton.jit
+def mean_of_values(
+    v_base, TK, stride_vt, stride_vd,
+    D_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """[D_V]: the mean over all keys."""
+    acc = tl.zeros([BLOCK_V], dtype=tl.float32)
+    for n in range(0, tl.cdiv(TK, BLOCK_N)):
+        j0 = n * BLOCK_N
+        b_v = load_tile(v_base + wide(j0) * stride_vt, TK - j0, stride_vt, stride_vd, BLOCK_N, BLOCK_V, D_V, True)
+        acc += tl.sum(b_v.to(tl.float32), 0)
+    return acc / TK
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def forward_kernel(
+    Q, K, V, Out, Lse, table,
+    stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_kt, stride_kd,
+    stride_vb, stride_vh, stride_vt, stride_vd, stride_ob, stride_oh, stride_ot, stride_od,
+    H, GROUP, TQ, TK, captures,
+    D_QK: tl.constexpr, D_V: tl.constexpr, BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One tile of queries of one head: O [M, D_V] and log-sum-exp [M]. The last tiles, the longest under causality, start first."""
+    m = tl.num_programs(1) - 1 - tl.program_id(1)
+    b = wide(tl.program_id(0) // H)
+    h = wide(tl.program_id(0) % H)
+    i0 = m * BLOCK_M
+    i = i0 + tl.arange(0, BLOCK_M)[:, None]  # [M, 1]
+    fixed = load_fixed(b, h, captures)
+    rows = load_rows(b, h, tl.minimum(i, TQ - 1), fixed, captures)
+
+    k_base = K + b * stride_kb + (h // GROUP) * stride_kh
+    v_base = V + b * stride_vb + (h // GROUP) * stride_vh
+    q_base = Q + b * stride_qb + h * stride_qh + wide(i0) * stride_qt
+    b_q = load_tile(q_base, TQ - i0, stride_qt, stride_qd, BLOCK_M, BLOCK_QK, D_QK, True)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_V], dtype=tl.float32)
+    total = tl.zeros([BLOCK_M], dtype=tl.float32)
+    peak = tl.full([BLOCK_M], -3.4028234663852886e38, dtype=tl.float32)
+    if SINK:
+        logit = tl.sum(tl.broadcast_to(sink_logit(b, h, i, fixed, rows, captures), [BLOCK_M, 1]), 1)
+        if FOLDED:
+            logit = logit * LOG2E
+        peak = tl.maximum(peak, logit)
+        total = weight(logit - peak)
+    if TABLE:
+        line = table_line(b, h, m, table)
+        full = tl.load(line)
+        partial = tl.load(line + 1)
+        acc, total, peak = attend(
+            acc, total, peak, b_q, k_base, v_base, line + 2, 0, full, b, h, i, TQ, TK,
+            stride_kt, stride_kd, stride_vt, stride_vd, fixed, rows, captures, False, D_QK, D_V, BLOCK_N, BLOCK_QK, BLOCK_V,
+        )  # fmt: skip
+        acc, total, peak = attend(
+            acc, total, peak, b_q, k_base, v_base, line + 2 + tl.cdiv(TK, BLOCK_N), 0, partial, b, h, i, TQ, TK,
+            stride_kt, stride_kd, stride_vt, stride_vd, fixed, rows, captures, True, D_QK, D_V, BLOCK_N, BLOCK_QK, BLOCK_V,
+        )  # fmt: skip
+    else:
+        lo, full_lo, full_hi, hi = key_range(b, h, i0, tl.minimum(i0 + BLOCK_M, TQ) - 1, TQ, TK, fixed, captures)
+        first, full_first, full_last, last = tile_range(lo, full_lo, full_hi, hi, BLOCK_N)
+        if HEAD:
+            acc, total, peak = attend(
+                acc, total, peak, b_q, k_base, v_base, None, first, full_first, b, h, i, TQ, TK,
+                stride_kt, stride_kd, stride_vt, stride_vd, fixed, rows, captures, True, D_QK, D_V, BLOCK_N, BLOCK_QK, BLOCK_V,
+            )  # fmt: skip
+        acc, total, peak = attend(
+            acc, total, peak, b_q, k_base, v_base, None, full_first, full_last, b, h, i, TQ, TK,
+            stride_kt, stride_kd, stride_vt, stride_vd, fixed, rows, captures, False, D_QK, D_V, BLOCK_N, BLOCK_QK, BLOCK_V,
+        )  # fmt: skip
+        acc, total, peak = attend(
+            acc, total, peak, b_q, k_base, v_base, None, full_last, last, b, h, i, TQ, TK,
+            stride_kt, stride_kd, stride_vt, stride_vd, fixed, rows, captures, True, D_QK, D_V, BLOCK_N, BLOCK_QK, BLOCK_V,
+        )  # fmt: skip
+
+    lse = tl.log(total)
+    if ONLINE:
+        if FOLDED:
+            lse = lse + peak / LOG2E
+        else:
+            lse = lse + peak
+    if ZERO:
+        acc = acc / tl.where(total == 0, 1.0, total)[:, None]
+    else:
+        acc = acc / total[:, None]
+    if MEAN:
+        if tl.min(total) == 0:
+            mean = mean_of_values(v_base, TK, stride_vt, stride_vd, D_V, BLOCK_N, BLOCK_V)
+            acc = tl.where((total == 0)[:, None], mean[None, :], acc)
+    o_base = Out + b * stride_ob + h * stride_oh + wide(i0) * stride_ot
+    store_tile(o_base, acc, TQ - i0, stride_ot, stride_od, BLOCK_M, BLOCK_V, D_V)
+    o_m = tl.arange(0, BLOCK_M)
+    tl.store(Lse + (b * H + h) * TQ + i0 + o_m, lse, mask=i0 + o_m < TQ)
+
+
+# -------------------------------------------------------------------------------------------------------------------- Backward
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def delta_kernel(
+    Out, GradOut, Lse, Norm, Delta, GradSink, AnyEmpty,
+    stride_ob, stride_oh, stride_ot, stride_od, stride_gb, stride_gh, stride_gt, stride_gd,
+    H, TQ, captures,
+    D_V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Row statistics of the backward pass, a tile of queries at a time.
+
+    Norm: the log-sum-exp in the unit of the score, +inf for a row without keys. Delta: sum_d O dO. GradSink: -P_sink Delta.
+    """
+    b = wide(tl.program_id(0) // H)
+    h = wide(tl.program_id(0) % H)
+    i0 = tl.program_id(1) * BLOCK_M
+    i = i0 + tl.arange(0, BLOCK_M)
+    o_base = Out + b * stride_ob + h * stride_oh + wide(i0) * stride_ot
+    g_base = GradOut + b * stride_gb + h * stride_gh + wide(i0) * stride_gt
+    b_o = load_tile(o_base, TQ - i0, stride_ot, stride_od, BLOCK_M, BLOCK_V, D_V, True).to(tl.float32)
+    b_g = load_tile(g_base, TQ - i0, stride_gt, stride_gd, BLOCK_M, BLOCK_V, D_V, True).to(tl.float32)
+    delta = tl.sum(b_o * b_g, 1)  # [M]
+    at = (b * H + h) * TQ + i
+    lse = tl.load(Lse + at, mask=i < TQ, other=0.0)
+    empty = lse == float("-inf")
+    norm = lse
+    if FOLDED:
+        norm = lse * LOG2E
+    tl.store(Norm + at, tl.where(empty, float("inf"), norm), mask=i < TQ)
+    tl.store(Delta + at, delta, mask=i < TQ)
+    if MEAN:
+        if tl.max(empty.to(tl.int32)) == 1:
+            tl.store(AnyEmpty + b * H + h, 1)
+    if SINK:
+        i_column = i[:, None]
+        fixed = load_fixed(b, h, captures)
+        rows = load_rows(b, h, tl.minimum(i_column, TQ - 1), fixed, captures)
+        logit = tl.sum(tl.broadcast_to(sink_logit(b, h, i_column, fixed, rows, captures), [BLOCK_M, 1]), 1)
+        share = tl.where(empty, 0.0, tl.exp(logit - lse))
+        tl.store(GradSink + at, -share * delta, mask=i < TQ)
+
+
+@triton.jit
+def gather_dq(
+    dq, b_q, b_g, norm, delta, k_base, v_base, tiles, first, last, b, h, i, TQ, TK,
+    stride_kt, stride_kd, stride_vt, stride_vd, fixed, rows, captures,
+    MASKED: tl.constexpr, EMPTY: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Adds key tiles [first, last) to dQ [M, D_QK]. EMPTY: only rows without keys, all keys with equal weight."""
+    for step in tl.range(first, last):
+        if TABLE:
+            n = step if EMPTY else tl.load(tiles + step)
+        else:
+            n = step
+        j0 = n * BLOCK_N
+        j = j0 + tl.arange(0, BLOCK_N)[None, :]  # [1, N]
+        b_k = load_tile(k_base + wide(j0) * stride_kt, TK - j0, stride_kt, stride_kd, BLOCK_N, BLOCK_QK, D_QK, MASKED)
+        b_v = load_tile(v_base + wide(j0) * stride_vt, TK - j0, stride_vt, stride_vd, BLOCK_N, BLOCK_V, D_V, MASKED)
+        s = tl.dot(b_q, b_k.T, input_precision=PRECISION)  # [M, N]
+        dp = tl.dot(b_g, b_v.T, input_precision=PRECISION)
+        inside = i < TQ
+        cols = load_cols(b, h, tl.minimum(j, TK - 1), fixed, captures)
+        if MASKED:
+            inside = inside & (j < TK)
+        x, slope = score_and_slope(s, b, h, i, j, inside, fixed, rows, cols, captures)
+        if EMPTY:
+            p = tl.where((norm == float("inf")) & (j < TK), 1.0 / TK, 0.0)
+        else:
+            p = weight(x - norm)
+            if MASKED:
+                p = tl.where(visible(b, h, i, j, inside, fixed, rows, cols, captures) & (j < TK), p, 0.0)
+        ds = p * (dp - delta)
+        if SLOPED:
+            ds = ds * slope
+        dq = tl.dot(ds.to(b_k.dtype), b_k, dq, input_precision=PRECISION)
+    return dq
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def dq_kernel(
+    Q, K, V, GradOut, Norm, Delta, GradQ, table,
+    stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_kt, stride_kd,
+    stride_vb, stride_vh, stride_vt, stride_vd, stride_gb, stride_gh, stride_gt, stride_gd,
+    stride_db, stride_dh, stride_dt, stride_dd, H, GROUP, TQ, TK, captures,
+    D_QK: tl.constexpr, D_V: tl.constexpr, BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One tile of queries of one head: dQ [M, D_QK]."""
+    m = tl.num_programs(1) - 1 - tl.program_id(1)
+    b = wide(tl.program_id(0) // H)
+    h = wide(tl.program_id(0) % H)
+    i0 = m * BLOCK_M
+    i = i0 + tl.arange(0, BLOCK_M)[:, None]  # [M, 1]
+    fixed = load_fixed(b, h, captures)
+    rows = load_rows(b, h, tl.minimum(i, TQ - 1), fixed, captures)
+
+    k_base = K + b * stride_kb + (h // GROUP) * stride_kh
+    v_base = V + b * stride_vb + (h // GROUP) * stride_vh
+    q_base = Q + b * stride_qb + h * stride_qh + wide(i0) * stride_qt
+    g_base = GradOut + b * stride_gb + h * stride_gh + wide(i0) * stride_gt
+    b_q = load_tile(q_base, TQ - i0, stride_qt, stride_qd, BLOCK_M, BLOCK_QK, D_QK, True)
+    b_g = load_tile(g_base, TQ - i0, stride_gt, stride_gd, BLOCK_M, BLOCK_V, D_V, True)
+    at = (b * H + h) * TQ + i
+    norm = tl.load(Norm + at, mask=i < TQ, other=0.0)  # [M, 1]
+    delta = tl.load(Delta + at, mask=i < TQ, other=0.0)
+
+    dq = tl.zeros([BLOCK_M, BLOCK_QK], dtype=tl.float32)
+    if TABLE:
+        line = table_line(b, h, m, table)
+        full = tl.load(line)
+        partial = tl.load(line + 1)
+        dq = gather_dq(
+            dq, b_q, b_g, norm, delta, k_base, v_base, line + 2, 0, full, b, h, i, TQ, TK, stride_kt, stride_kd,
+            stride_vt, stride_vd, fixed, rows, captures, False, False, D_QK, D_V, BLOCK_N, BLOCK_QK, BLOCK_V,
+        )  # fmt: skip
+        dq = gather_dq(
+            dq, b_q, b_g, norm, delta, k_base, v_base, line + 2 + tl.cdiv(TK, BLOCK_N), 0, partial, b, h, i, TQ, TK,
+            stride_kt, stride_kd, stride_vt, stride_vd, fixed, rows, captures, True, False, D_QK, D_V, BLOCK_N, BLOCK_QK, BLOCK_V,
+        )  # fmt: skip
+    else:
+        lo, full_lo, full_hi, hi = key_range(b, h, i0, tl.minimum(i0 + BLOCK_M, TQ) - 1, TQ, TK, fixed, captures)
+        first, full_first, full_last, last = tile_range(lo, full_lo, full_hi, hi, BLOCK_N)
+        if HEAD:
+            dq = gather_dq(
+                dq, b_q, b_g, norm, delta, k_base, v_base, None, first, full_first, b, h, i, TQ, TK, stride_kt, stride_kd,
+                stride_vt, stride_vd, fixed, rows, captures, True, False, D_QK, D_V, BLOCK_N, BLOCK_QK, BLOCK_V,
+            )  # fmt: skip
+        dq = gather_dq(
+            dq, b_q, b_g, norm, delta, k_base, v_base, None, full_first, full_last, b, h, i, TQ, TK, stride_kt, stride_kd,
+            stride_vt, stride_vd, fixed, rows, captures, False, False, D_QK, D_V, BLOCK_N, BLOCK_QK, BLOCK_V,
+        )  # fmt: skip
+        dq = gather_dq(
+            dq, b_q, b_g, norm, delta, k_base, v_base, None, full_last, last, b, h, i, TQ, TK, stride_kt, stride_kd,
+            stride_vt, stride_vd, fixed, rows, captures, True, False, D_QK, D_V, BLOCK_N, BLOCK_QK, BLOCK_V,
+        )  # fmt: skip
+    if MEAN:
+        if tl.max(tl.where(i < TQ, norm, 0.0)) == float("inf"):
+            dq = gather_dq(
+                dq, b_q, b_g, norm, delta, k_base, v_base, None, 0, tl.cdiv(TK, BLOCK_N), b, h, i, TQ, TK, stride_kt, stride_kd,
+                stride_vt, stride_vd, fixed, rows, captures, True, True, D_QK, D_V, BLOCK_N, BLOCK_QK, BLOCK_V,
+            )  # fmt: skip
+    if SLOPED:
+        pass
+    else:
+        dq = dq * SLOPE
+    d_base = GradQ + b * stride_db + h * stride_dh + wide(i0) * stride_dt
+    store_tile(d_base, dq, TQ - i0, stride_dt, stride_dd, BLOCK_M, BLOCK_QK, D_QK)
+
+
+@triton.jit
+def gather_dkv(
+    dk, dv, b_k, b_v, q_base, g_base, Norm, Delta, tiles, first, last, b, h, j, TQ, TK,
+    stride_qt, stride_qd, stride_gt, stride_gd, fixed, cols, captures,
+    MASKED: tl.constexpr, EMPTY: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Adds query tiles [first, last) to dK [N, D_QK] and dV [N, D_V]. EMPTY: only rows without keys, all keys with equal weight."""
+    for step in tl.range(first, last):
+        if TABLE:
+            m = step if EMPTY else tl.load(tiles + step)
+        else:
+            m = step
+        i0 = m * BLOCK_M
+        i = i0 + tl.arange(0, BLOCK_M)[None, :]  # [1, M]
+        b_q = load_tile(q_base + wide(i0) * stride_qt, TQ - i0, stride_qt, stride_qd, BLOCK_M, BLOCK_QK, D_QK, MASKED)
+        b_g = load_tile(g_base + wide(i0) * stride_gt, TQ - i0, stride_gt, stride_gd, BLOCK_M, BLOCK_V, D_V, MASKED)
+        if MASKED:
+            norm = tl.load(Norm + i, mask=i < TQ, other=0.0)  # [1, M]
+            delta = tl.load(Delta + i, mask=i < TQ, other=0.0)
+        else:
+            norm = tl.load(Norm + i)
+            delta = tl.load(Delta + i)
+        s = tl.dot(b_k, b_q.T, input_precision=PRECISION)  # [N, M]
+        inside = j < TK
+        rows = load_rows(b, h, tl.minimum(i, TQ - 1), fixed, captures)
+        if MASKED:
+            inside = inside & (i < TQ)
+        x, slope = score_and_slope(s, b, h, i, j, inside, fixed, rows, cols, captures)
+        if EMPTY:
+            p = tl.where((norm == float("inf")) & inside, 1.0 / TK, 0.0)
+        else:
+            p = weight(x - norm)
+            if MASKED:
+                p = tl.where(visible(b, h, i, j, inside, fixed, rows, cols, captures) & inside, p, 0.0)
+        dv = tl.dot(p.to(b_g.dtype), b_g, dv, input_precision=PRECISION)
+        dp = tl.dot(b_v, b_g.T, input_precision=PRECISION)
+        ds = p * (dp - delta)
+        if SLOPED:
+            ds = ds * slope
+        dk = tl.dot(ds.to(b_q.dtype), b_q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def dkv_kernel(
+    Q, K, V, GradOut, Norm, Delta, GradK, GradV, AnyEmpty, table,
+    stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_kt, stride_kd,
+    stride_vb, stride_vh, stride_vt, stride_vd, stride_gb, stride_gh, stride_gt, stride_gd,
+    stride_db, stride_dh, stride_dt, stride_dd, stride_eb, stride_eh, stride_et, stride_ed, H_KV, GROUP, TQ, TK, captures,
+    D_QK: tl.constexpr, D_V: tl.constexpr, BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys of one key head, over all query heads of its group: dK [N, D_QK] and dV [N, D_V]."""
+    n = tl.program_id(1)
+    b = wide(tl.program_id(0) // H_KV)
+    h_kv = wide(tl.program_id(0) % H_KV)
+    j0 = n * BLOCK_N
+    j = j0 + tl.arange(0, BLOCK_N)[:, None]  # [N, 1]
+    k_base = K + b * stride_kb + h_kv * stride_kh + wide(j0) * stride_kt
+    v_base = V + b * stride_vb + h_kv * stride_vh + wide(j0) * stride_vt
+    b_k = load_tile(k_base, TK - j0, stride_kt, stride_kd, BLOCK_N, BLOCK_QK, D_QK, True)
+    b_v = load_tile(v_base, TK - j0, stride_vt, stride_vd, BLOCK_N, BLOCK_V, D_V, True)
+
+    dk = tl.zeros([BLOCK_N, BLOCK_QK], dtype=tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_V], dtype=tl.float32)
+    for member in range(0, GROUP):
+        h = h_kv * GROUP + member
+        fixed = load_fixed(b, h, captures)
+        cols = load_cols(b, h, tl.minimum(j, TK - 1), fixed, captures)
+        q_base = Q + b * stride_qb + h * stride_qh
+        g_base = GradOut + b * stride_gb + h * stride_gh
+        norm = Norm + (b * GROUP * H_KV + h) * TQ
+        delta = Delta + (b * GROUP * H_KV + h) * TQ
+        if TABLE:
+            line = table_line(b, h, n, table)
+            full = tl.load(line)
+            partial = tl.load(line + 1)
+            dk, dv = gather_dkv(
+                dk, dv, b_k, b_v, q_base, g_base, norm, delta, line + 2, 0, full, b, h, j, TQ, TK, stride_qt, stride_qd,
+                stride_gt, stride_gd, fixed, cols, captures, False, False, D_QK, D_V, BLOCK_M, BLOCK_QK, BLOCK_V,
+            )  # fmt: skip
+            dk, dv = gather_dkv(
+                dk, dv, b_k, b_v, q_base, g_base, norm, delta, line + 2 + tl.cdiv(TQ, BLOCK_M), 0, partial, b, h, j, TQ, TK,
+                stride_qt, stride_qd, stride_gt, stride_gd, fixed, cols, captures, True, False, D_QK, D_V, BLOCK_M, BLOCK_QK, BLOCK_V,
+            )  # fmt: skip
+        else:
+            lo, full_lo, full_hi, hi = query_range(b, h, j0, tl.minimum(j0 + BLOCK_N, TK) - 1, TQ, TK, fixed, captures)
+            first, full_first, full_last, last = tile_range(lo, full_lo, full_hi, hi, BLOCK_M)
+            dk, dv = gather_dkv(
+                dk, dv, b_k, b_v, q_base, g_base, norm, delta, None, first, full_first, b, h, j, TQ, TK, stride_qt, stride_qd,
+                stride_gt, stride_gd, fixed, cols, captures, True, False, D_QK, D_V, BLOCK_M, BLOCK_QK, BLOCK_V,
+            )  # fmt: skip
+            dk, dv = gather_dkv(
+                dk, dv, b_k, b_v, q_base, g_base, norm, delta, None, full_first, full_last, b, h, j, TQ, TK, stride_qt, stride_qd,
+                stride_gt, stride_gd, fixed, cols, captures, False, False, D_QK, D_V, BLOCK_M, BLOCK_QK, BLOCK_V,
+            )  # fmt: skip
+            dk, dv = gather_dkv(
+                dk, dv, b_k, b_v, q_base, g_base, norm, delta, None, full_last, last, b, h, j, TQ, TK, stride_qt, stride_qd,
+                stride_gt, stride_gd, fixed, cols, captures, True, False, D_QK, D_V, BLOCK_M, BLOCK_QK, BLOCK_V,
+            )  # fmt: skip
+        if MEAN:
+            if tl.load(AnyEmpty + b * GROUP * H_KV + h) != 0:
+                dk, dv = gather_dkv(
+                    dk, dv, b_k, b_v, q_base, g_base, norm, delta, None, 0, tl.cdiv(TQ, BLOCK_M), b, h, j, TQ, TK, stride_qt, stride_qd,
+                    stride_gt, stride_gd, fixed, cols, captures, True, True, D_QK, D_V, BLOCK_M, BLOCK_QK, BLOCK_V,
+                )  # fmt: skip
+    if SLOPED:
+        pass
+    else:
+        dk = dk * SLOPE
+    d_base = GradK + b * stride_db + h_kv * stride_dh + wide(j0) * stride_dt
+    e_base = GradV + b * stride_eb + h_kv * stride_eh + wide(j0) * stride_et
+    store_tile(d_base, dk, TK - j0, stride_dt, stride_dd, BLOCK_N, BLOCK_QK, D_QK)
+    store_tile(e_base, dv, TK - j0, stride_et, stride_ed, BLOCK_N, BLOCK_V, D_V)
+
+
+# --------------------------------------------------------------------------------------------------------------- Block table
+
+
+@triton.jit
+def table_line(b, h, outer, table):
+    """One line of the table: count of full tiles, count of partial ones, then both lists, each with room for every tile."""
+    return table + outer
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def table_kernel(
+    Table, LINES, H, TQ, TK, captures,
+    BY_KEY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """The key tiles that one query tile meets; BY_KEY: the query tiles that one key tile meets."""
+    outer = tl.program_id(1)
+    b = wide(tl.program_id(0) // H)
+    h = wide(tl.program_id(0) % H)
+    fixed = load_fixed(b, h, captures)
+    if BY_KEY:
+        j0 = outer * BLOCK_N
+        j1 = tl.minimum(j0 + BLOCK_N, TK) - 1
+        lo, full_lo, full_hi, hi = query_range(b, h, j0, j1, TQ, TK, fixed, captures)
+        first, full_first, full_last, last = tile_range(lo, full_lo, full_hi, hi, BLOCK_M)
+        width = tl.cdiv(TQ, BLOCK_M)
+    else:
+        i0 = outer * BLOCK_M
+        i1 = tl.minimum(i0 + BLOCK_M, TQ) - 1
+        lo, full_lo, full_hi, hi = key_range(b, h, i0, i1, TQ, TK, fixed, captures)
+        first, full_first, full_last, last = tile_range(lo, full_lo, full_hi, hi, BLOCK_N)
+        width = tl.cdiv(TK, BLOCK_N)
+    line = Table + (wide(tl.program_id(0)) * LINES + outer) * (2 + 2 * width)
+    full_count = 0
+    partial_count = 0
+    for start in range(first, last, CHUNK):
+        inner = start + tl.arange(0, CHUNK)
+        if BY_KEY:
+            possible, certain = survey(b, h, inner, outer, TQ, TK, fixed, captures, BY_KEY, BLOCK_M, BLOCK_N, CHUNK)
+            whole = (inner + 1) * BLOCK_M <= TQ
+        else:
+            possible, certain = survey(b, h, outer, inner, TQ, TK, fixed, captures, BY_KEY, BLOCK_M, BLOCK_N, CHUNK)
+            whole = (inner + 1) * BLOCK_N <= TK
+        full = ((inner < last) & possible & certain & whole).to(tl.int32)
+        partial = ((inner < last) & possible).to(tl.int32) - full
+        tl.store(line + 1 + full_count + tl.cumsum(full, 0), inner, mask=full != 0)
+        tl.store(line + 1 + width + partial_count + tl.cumsum(partial, 0), inner, mask=partial != 0)
+        full_count += tl.sum(full, 0)
+        partial_count += tl.sum(partial, 0)
+    tl.store(line, full_count)
+    tl.store(line + 1, partial_count)
+
+
+@triton.jit
+def survey(
+    b, h, m, n, TQ, TK, fixed, captures,
+    BY_KEY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """[CHUNK] each: whether tiles (m, n), one of them a vector, may hold a visible pair, and whether they hold nothing else."""
+    if BY_KEY:
+        i = (m * BLOCK_M)[:, None] + tl.arange(0, BLOCK_M)[None, :]  # [CHUNK, M]
+        j = n * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]  # [1, N]
+    else:
+        i = m * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]  # [1, M]
+        j = (n * BLOCK_N)[:, None] + tl.arange(0, BLOCK_N)[None, :]  # [CHUNK, N]
+    if EXACT:
+        if BY_KEY:
+            i = i[:, :, None]  # [CHUNK, M, 1]
+            j = j[:, None, :]  # [1, 1, N]
+        else:
+            i = i[:, :, None]  # [1, M, 1]
+            j = j[:, None, :]  # [CHUNK, 1, N]
+        inside = (i < TQ) & (j < TK)
+        rows = load_rows(b, h, tl.minimum(i, TQ - 1), fixed, captures)
+        cols = load_cols(b, h, tl.minimum(j, TK - 1), fixed, captures)
+        seen = visible(b, h, i, j, inside, fixed, rows, cols, captures)
+        possible = tl.max(tl.max((seen & inside).to(tl.int32), 2), 1) != 0
+        certain = tl.min(tl.min((seen | (inside == 0)).to(tl.int32), 2), 1) != 0
+    else:
+        row_ends = load_row_ends(b, h, tl.minimum(i, TQ - 1), fixed, captures)
+        col_ends = load_col_ends(b, h, tl.minimum(j, TK - 1), fixed, captures)
+        i0 = tl.min(i, 1)  # [CHUNK] or [1]
+        j0 = tl.min(j, 1)
+        i1 = tl.minimum(i0 + BLOCK_M, TQ) - 1
+        j1 = tl.minimum(j0 + BLOCK_N, TK) - 1
+        possible, certain = classify(b, h, i0, i1, j0, j1, fixed, row_ends, col_ends, captures)
+        possible = tl.broadcast_to(possible, [CHUNK])
+        certain = tl.broadcast_to(certain, [CHUNK])
+    return possible, certain
+
+
+# ---------------------------------------------------------------------------------------------------------------------- Launch
+
+
+def width_of(dim):
+    """The block width that holds `dim` columns."""
+    return max(16, triton.next_power_of_2(dim))
+
+
+def block_table(q, k, captures, *, config, by_key):
+    """[B, H, tiles, 2 + 2 * width] int32: the tiles that each tile meets, full ones and partial ones apart.
+
+    B and H are 1, expanded, where the mask does not depend on them.
+    """
+    batch, heads, t_q, t_k = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+    table_batch, table_heads = (batch if TABLE_BY_BATCH else 1), (heads if TABLE_BY_HEAD else 1)
+    by_query_tiles, by_key_tiles = triton.cdiv(t_q, config["BLOCK_M"]), triton.cdiv(t_k, config["BLOCK_N"])
+    lines, width = (by_key_tiles, by_query_tiles) if by_key else (by_query_tiles, by_key_tiles)
+    table = torch.empty((table_batch, table_heads, lines, 2 + 2 * width), dtype=torch.int32, device=q.device)
+    table_kernel[(table_batch * table_heads, lines)](
+        table, lines, table_heads, t_q, t_k, captures,
+        BY_KEY=by_key, BLOCK_M=config["BLOCK_M"], BLOCK_N=config["BLOCK_N"], CHUNK=TABLE_CHUNK, num_warps=4,
+    )  # fmt: skip
+    return table.expand(batch, heads, -1, -1)
+
+
+def allocate_out(q, v, out_layout):
+    """[B, H, T, D_V], dense in the order of `out_layout`: "bhtd" or "bthd"."""
+    batch, heads, t_q, _ = q.shape
+    if out_layout == "bthd":
+        return torch.empty((batch, t_q, heads, v.shape[-1]), dtype=v.dtype, device=q.device).transpose(1, 2)
+    return torch.empty((batch, heads, t_q, v.shape[-1]), dtype=v.dtype, device=q.device)
+
+
+def forward(q, k, v, captures, *, config=None, out_layout="bhtd"):
+    """`(out, lse)` of q [B, H, TQ, D], k [B, H_KV, TK, D], v [B, H_KV, TK, D_V], of any strides. lse is float32, natural units."""
+    config = config or FORWARD
+    batch, heads, t_q, d_qk = q.shape
+    h_kv, t_k, d_v = v.shape[1], v.shape[2], v.shape[3]
+    out = allocate_out(q, v, out_layout)
+    lse = torch.empty((batch, heads, t_q), dtype=torch.float32, device=q.device)
+    if TABLE:
+        table = block_table(q, k, captures, config=config, by_key=False)
+    forward_kernel[(batch * heads, triton.cdiv(t_q, config["BLOCK_M"]))](
+        q, k, v, out, lse, table, *q.stride(), *k.stride(), *v.stride(), *out.stride(),
+        heads, heads // h_kv, t_q, t_k, captures,
+        D_QK=d_qk, D_V=d_v, BLOCK_QK=width_of(d_qk), BLOCK_V=width_of(d_v), **config,
+    )  # fmt: skip
+    return out, lse
+
+
+def backward(grad_out, q, k, v, out, lse, captures, *, dq_config=None, dkv_config=None):
+    """`(dq, dk, dv, d_sink)` for the results of `forward`; d_sink [B, H, TQ] float32, one term a row, `None` without a sink."""
+    dq_config, dkv_config = dq_config or DQ, dkv_config or DKV
+    batch, heads, t_q, d_qk = q.shape
+    h_kv, t_k, d_v = v.shape[1], v.shape[2], v.shape[3]
+    group = heads // h_kv
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    norm, delta = torch.empty_like(lse), torch.empty_like(lse)
+    d_sink = any_empty = None
+    if SINK:
+        d_sink = torch.empty_like(lse)
+    if MEAN:
+        any_empty = torch.zeros((batch, heads), dtype=torch.int32, device=q.device)
+    dims = {"D_QK": d_qk, "D_V": d_v, "BLOCK_QK": width_of(d_qk), "BLOCK_V": width_of(d_v)}
+    delta_kernel[(batch * heads, triton.cdiv(t_q, 64))](
+        out, grad_out, lse, norm, delta, d_sink, any_empty, *out.stride(), *grad_out.stride(),
+        heads, t_q, captures, D_V=d_v, BLOCK_V=width_of(d_v), BLOCK_M=64, num_warps=4,
+    )  # fmt: skip
+    if TABLE:
+        table = block_table(q, k, captures, config=dkv_config, by_key=True)
+    dkv_kernel[(batch * h_kv, triton.cdiv(t_k, dkv_config["BLOCK_N"]))](
+        q, k, v, grad_out, norm, delta, dk, dv, any_empty, table,
+        *q.stride(), *k.stride(), *v.stride(), *grad_out.stride(), *dk.stride(), *dv.stride(),
+        h_kv, group, t_q, t_k, captures, **dims, **dkv_config,
+    )  # fmt: skip
+    if TABLE:
+        table = block_table(q, k, captures, config=dq_config, by_key=False)
+    dq_kernel[(batch * heads, triton.cdiv(t_q, dq_config["BLOCK_M"]))](
+        q, k, v, grad_out, norm, delta, dq, table,
+        *q.stride(), *k.stride(), *v.stride(), *grad_out.stride(), *dq.stride(),
+        heads, group, t_q, t_k, captures, **dims, **dq_config,
+    )  # fmt: skip
+    return dq, dk, dv, d_sink

@@ -1,0 +1,272 @@
+"""From a specification to one standalone kernel file: importable, readable, with nothing of ours needed to run it.
+
+The file holds, in order: the formula and the configuration, the primitives it uses, the functions that the specification asks for,
+the kernels, `forward` and `backward`, a plain-torch `reference`, and a `__main__` that compares the two and times the kernels.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import os
+import re
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+
+import platformdirs
+
+from ..errors import KernelError
+from ..ops.attention import AttentionSpec
+from ..terms import to_text
+from . import weave
+from .hooks import Variant
+
+_HERE = Path(__file__).parent
+_HOOKS = (
+    "score", "score_and_slope", "visible", "sink_logit", "key_range", "query_range", "classify", "table_line",
+    "load_fixed", "load_rows", "load_cols", "load_row_ends", "load_col_ends",
+)  # fmt: skip
+_ROOTS = ("forward", "backward", "reference", "main")
+_LOADING = threading.Lock()
+
+
+def default_directory() -> Path:
+    """Where kernel files live unless the caller says otherwise."""
+    return Path(platformdirs.user_cache_dir("effcompile")) / "kernels"
+
+
+def attention_source(
+    spec: AttentionSpec,
+    *,
+    d_qk: int,
+    d_v: int,
+    dtype: str,
+    forward: Mapping[str, int],
+    dq: Mapping[str, int],
+    dkv: Mapping[str, int],
+    fast_tanh: bool = False,
+) -> str:
+    """The text of the kernel file. `dtype` is a torch name such as "bfloat16"; the three mappings are launch configurations.
+
+    Raises:
+        KernelError: the specification loads from a tensor that it does not name.
+        ExpressionError: an expression that Triton cannot compute.
+    """
+    variant = Variant(spec, wide_values=dtype != "float16")
+    configs = {"FORWARD": forward, "DQ": dq, "DKV": dkv}
+    text = _template("attention_kernels.py")
+    text = weave.drop(text, (*_HOOKS, *variant.flags, "SCALE", "SLOPE", "PRECISION", "RUNTIME", *configs, *_TABLE_CONSTANTS))
+    text = weave.prune(text, variant.flags)
+    text = weave.replace_calls(text, variant.loaders())  # type: ignore[arg-type]
+    text = weave.expand(text, variant.groups, lambda name, call, function: _arguments(variant, name, call, function))
+    text = _without_preamble(text)
+    parts = [
+        _constants(variant, configs), _primitives(fast_tanh), _heading("The specification"), variant.hooks(), text,
+        _reference(variant), _main(variant, d_qk, d_v, dtype),
+    ]  # fmt: skip
+    body = weave.tidy(weave.reachable("\n\n".join(parts), _ROOTS))
+    header = _header(variant, d_qk, d_v, dtype, configs)
+    return f"{header}\n\nimport torch\nimport triton\nimport triton.language as tl\n\n{body}\n\n{_ENTRY}"
+
+
+_TABLE_CONSTANTS = ("TABLE_BY_BATCH", "TABLE_BY_HEAD", "TABLE_CHUNK")
+_ENTRY = 'if __name__ == "__main__":\n    main()\n'
+
+
+@lru_cache(maxsize=8)
+def _template(name: str) -> str:
+    return (_HERE / name).read_text(encoding="ascii")
+
+
+def _without_preamble(text: str) -> str:
+    """The template from its first function on: docstring, imports and flags have been dealt with."""
+    source = weave.Source(text)
+    first = next(node for node in source.tree.body if isinstance(node, ast.FunctionDef))
+    start = source.line_span(first)[0]
+    return _heading("Forward") + "\n\n" + text[start:]
+
+
+def _arguments(variant: Variant, name: str, call: ast.Call, function: ast.FunctionDef) -> Sequence[str]:
+    """What stands for a group in an argument list: of a device function, of a kernel launch, or of a function on the host."""
+    if weave.is_kernel(function):
+        return variant.groups[name]
+    launched = isinstance(getattr(call, "func", None), ast.Subscript)
+    if name == "captures":
+        return variant.launch_captures if launched else variant.host_captures
+    if name == "table":
+        if function.name == "block_table":
+            return ("table",)
+        return ("table", "*table.stride()[:3]") if variant.needs_table else ()
+    return variant.groups[name]
+
+
+def _heading(title: str) -> str:
+    return f"# {'-' * (128 - len(title))} {title}"
+
+
+def _constants(variant: Variant, configs: Mapping[str, Mapping[str, int]]) -> str:
+    lines = [
+        "LOG2E = tl.constexpr(1.4426950408889634)",
+        f"SCALE = tl.constexpr({variant.scale!r})",
+        f"SLOPE = tl.constexpr({variant.constant_slope!r})",
+        f"PRECISION = tl.constexpr({variant.spec.precision!r})",
+        f"RUNTIME = {['TQ', 'TK', *variant.spec.sizes]!r}",
+        f"TABLE_BY_BATCH = {variant.table_depends_on('b')}",
+        f"TABLE_BY_HEAD = {variant.table_depends_on('h')}",
+        f"TABLE_CHUNK = {2 if variant.exact_table else 32}",
+    ]
+    return "\n".join(lines + [f"{name} = {dict(config)!r}" for name, config in configs.items()])
+
+
+def _primitives(fast_tanh: bool) -> str:
+    found = weave.functions(_template("primitives.py"))
+    if fast_tanh:
+        found["tanh"] = found["tanh_approx"].replace("def tanh_approx", "def tanh")
+    del found["tanh_approx"]
+    return "\n\n".join(found.values())
+
+
+def _header(variant: Variant, d_qk: int, d_v: int, dtype: str, configs: Mapping[str, Mapping[str, int]]) -> str:
+    spec = variant.spec
+    sink = "" if variant.sink is None else f"\n    sink:   {to_text(variant.sink)}"
+    sizes = ", ".join((*spec.captures, *spec.sizes)) or "none"
+    tiles = "\n".join(f"    {name.lower():<8}{', '.join(f'{k}={v}' for k, v in config.items())}" for name, config in configs.items())
+    return f'''"""Attention, written by effcompile.
+
+    O[b,h,i,:] = sum_j P[b,h,i,j] V[b,h//g,j,:]
+    P = softmax over j of the score, where the mask holds;   s = Q[b,h,i,:] . K[b,h//g,j,:]
+
+    score:  {to_text(variant.score)}
+    mask:   {to_text(variant.mask)}{sink}
+    empty:  {spec.empty} (a row without any key)
+
+Shapes: q [B, H, TQ, {d_qk}], k [B, H_KV, TK, {d_qk}], v [B, H_KV, TK, {d_v}], {dtype}, any strides. Further arguments: {sizes}.
+Configuration:
+{tiles}
+
+Run this file to compare the kernels with the reference and to time them.
+"""'''
+
+
+def _reference(variant: Variant) -> str:
+    text = _REFERENCE.replace("<CAPTURES>", "".join(f", {name}" for name in variant.host_captures))
+    for name, value in variant.reference_lines().items():
+        text = text.replace(f"<{name}>", value)
+    return weave.prune(text, variant.flags)
+
+
+_REFERENCE = '''# ------------------------------------------------------------------------------------------------------------------- Reference
+
+
+def reference(q, k, v<CAPTURES>):
+    """The same in plain torch, with the whole score matrix, in the dtype of q: `(out, lse)`."""
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    s = q @ k.transpose(-1, -2)
+    b, h, i, j = torch.meshgrid(*(torch.arange(n, device=q.device) for n in s.shape), indexing="ij")
+    x = <SCORE>
+    mask = (<MASK>).expand(s.shape)
+    x = torch.where(mask, x, float("-inf"))
+    if SINK:
+        i = i[..., :1]
+        b, h, j = b[..., :1], h[..., :1], j[..., :1]
+        sink = (<SINK>).expand(*s.shape[:-1], 1).to(s.dtype)
+        joined = torch.cat([x, sink], -1)
+    else:
+        joined = x
+    lse = torch.logsumexp(joined, -1)
+    p = torch.softmax(joined, -1)[..., : x.shape[-1]]
+    if ZERO:
+        p = torch.where(mask.any(-1, keepdim=True) | torch.isfinite(lse)[..., None], p, 0.0)
+    if MEAN:
+        equal = torch.softmax(s - s.detach(), -1)
+        p = torch.where(torch.isneginf(lse)[..., None], equal, p)
+    return p @ v, lse
+'''
+
+
+def _main(variant: Variant, d_qk: int, d_v: int, dtype: str) -> str:
+    captures = []
+    for name in variant.spec.captures:
+        kind = "torch.bool" if name in variant.bool_captures else "torch.int32" if name in variant.int_captures else "torch.float32"
+        shape = ", ".join(variant.example_extent(name))
+        captures.append(f"    {name} = torch.zeros([{shape}], device=device, dtype={kind})\n")
+    captures += [f"    {name} = t\n" for name in variant.spec.sizes]
+    passed = "".join(f", {name}" for name in variant.host_captures)
+    text = _MAIN.replace("<D_QK>", str(d_qk)).replace("<D_V>", str(d_v)).replace("<DTYPE>", f"torch.{dtype}")
+    return text.replace("<MAKE>", "".join(captures)).replace("<PASSED>", passed)
+
+
+_MAIN = '''# ------------------------------------------------------------------------------------------------------------------------ Check
+
+
+def main(batch=1, heads=8, h_kv=2, t=1024, device="cuda"):
+    """Compares forward and backward with the reference in float32, and times the kernels."""
+    torch.manual_seed(0)
+    q = torch.randn(batch, heads, t, <D_QK>, device=device, dtype=<DTYPE>, requires_grad=True)
+    k = torch.randn(batch, h_kv, t, <D_QK>, device=device, dtype=<DTYPE>, requires_grad=True)
+    v = torch.randn(batch, h_kv, t, <D_V>, device=device, dtype=<DTYPE>, requires_grad=True)
+<MAKE>    expected, _ = reference(q.float(), k.float(), v.float()<PASSED>)
+    grad = torch.randn_like(expected)
+    expected_grads = torch.autograd.grad(expected, (q, k, v), grad)
+    with torch.no_grad():
+        out, lse = forward(q, k, v<PASSED>)
+        grads = backward(grad.to(out.dtype), q, k, v, out, lse<PASSED>)
+    for name, ours, theirs in zip(("out", "dq", "dk", "dv"), (out, *grads), (expected, *expected_grads)):
+        worst = (ours.float() - theirs.float()).abs().max() / theirs.float().abs().max()
+        print(f"{name:>4}: largest error {worst.item():.1e} of the largest value")
+    if device == "cuda":
+        with torch.no_grad():
+            print(f"forward  {triton.testing.do_bench(lambda: forward(q, k, v<PASSED>)):.3f} ms")
+            print(f"backward {triton.testing.do_bench(lambda: backward(out, q, k, v, out, lse<PASSED>)):.3f} ms")
+'''
+
+
+# ------------------------------------------------------------------------------------------------------------------------- files
+
+
+def write_kernel(text: str, directory: Path | None = None, *, family: str = "attention") -> Path:
+    """Writes a kernel file under its content's name, whole or not at all, and returns its path.
+
+    Raises:
+        KernelError: the directory cannot be written to.
+    """
+    directory = directory or default_directory()
+    name = f"{family}_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    path = directory / f"{name}.py"
+    if path.exists():
+        return path
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=directory, prefix=f".{name}.", suffix=".tmp")
+        with os.fdopen(handle, "w", encoding="ascii") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise KernelError(f"Expected a writable directory but got directory={str(directory)!r}: {error}. Set another one.") from error
+    return path
+
+
+def load_kernel(path: Path) -> ModuleType:
+    """Imports a kernel file, once a process."""
+    name = f"effcompile_kernels.{re.sub(r'[^0-9A-Za-z_]', '_', str(path.parent))}.{path.stem}"
+    with _LOADING:
+        if name in sys.modules:
+            return sys.modules[name]
+        location = importlib.util.spec_from_file_location(name, path)
+        if location is None or location.loader is None:
+            raise KernelError(f"Expected an importable kernel file but got path={str(path)!r}.")
+        module = importlib.util.module_from_spec(location)
+        sys.modules[name] = module
+        try:
+            location.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+        return module

@@ -1,0 +1,154 @@
+"""The interfaces private to torch that lifting stands on, each touched here alone. Tried on torch 2.11 and 2.13.
+
+- `torch.fx.experimental.proxy_tensor.ProxyTorchDispatchMode`: the dispatcher lets only this class (and two others) listen on the
+  PreDispatch key, above autocast and autograd, where `matmul` and `softmax` are still whole.
+- `torch._ops.OpOverload._can_decompose`, `.decompose`: run a composite operator's own definition.
+- `torch.amp.autocast_mode._enter_autocast` and kin, `torch._C._set_grad_enabled`: the nodes by which Dynamo writes modes into a graph.
+- `torch.utils._sympy.interp`: a symbolic size's expression as calls of `operator`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch._C import DispatchKey  # type: ignore[attr-defined]
+from torch._dispatch.python import enable_python_dispatcher
+from torch._ops import HigherOrderOperator, OpOverload, _pop_mode_from_pre_dispatch, _set_mode_pre_dispatch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import Node
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
+from torch.utils._sympy.symbol import SymT, symbol_is_type
+from typing_extensions import Self
+
+__all__ = [
+    "AUTOCAST_ENTER",
+    "AUTOCAST_EXIT",
+    "INFERENCE_ENTER",
+    "INFERENCE_EXIT",
+    "SET_GRAD",
+    "FakeTensor",
+    "FakeTensorMode",
+    "HigherOrderOperator",
+    "OpOverload",
+    "PreDispatchListener",
+    "expression",
+    "fake_mode_of",
+    "has_unbacked",
+    "is_composite",
+    "restored_modes",
+    "storage_key",
+    "write_expression",
+]
+
+SET_GRAD: Any = torch._C._set_grad_enabled
+AUTOCAST_ENTER: Any = torch.amp.autocast_mode._enter_autocast
+AUTOCAST_EXIT: Any = torch.amp.autocast_mode._exit_autocast
+INFERENCE_ENTER: Any = torch.autograd.grad_mode._enter_inference_mode
+INFERENCE_EXIT: Any = torch.autograd.grad_mode._exit_inference_mode
+
+Handler = Callable[[OpOverload, tuple[Any, ...], dict[str, Any]], Any]
+
+
+class PreDispatchListener(ProxyTorchDispatchMode):
+    """Hands every operator that reaches the dispatcher to `handler`, before autocast and autograd see it.
+
+    While the handler runs the listener is off; `with listener.resumed():` inside it turns it on again.
+    """
+
+    def __init__(self, handler: Handler) -> None:
+        TorchDispatchMode.__init__(self, DispatchKey.PreDispatch)
+        self._mode_key = torch._C._TorchDispatchModeKey.PROXY  # type: ignore[attr-defined]
+        self.enter_stack = []
+        self._handler = handler
+        self._python_dispatchers: list[Any] = []
+
+    def __enter__(self) -> Self:
+        # modes on a dispatch key of their own are served by the Python dispatcher alone
+        self._python_dispatchers.append(enable_python_dispatcher())
+        self._python_dispatchers[-1].__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> bool | None:
+        result = super().__exit__(*exception)
+        self._python_dispatchers.pop().__exit__(*exception)
+        return result
+
+    @contextlib.contextmanager
+    def resumed(self) -> Iterator[None]:
+        """Listen again inside the handler, as the dispatcher itself would after it (entering anew would flush its tables)."""
+        _set_mode_pre_dispatch(self)
+        try:
+            yield
+        finally:
+            _pop_mode_from_pre_dispatch()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        return self._handler(func, args, kwargs or {})
+
+    def __sym_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return func(*args, **kwargs)
+
+
+def fake_mode_of(values: Iterable[Any]) -> FakeTensorMode | None:
+    """The mode of the first fake tensor: the one Dynamo traced with (the tracing context holds a fresh one), or None."""
+    return next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
+
+
+def is_composite(func: OpOverload) -> bool:
+    """Whether `func` is defined by other operators for every backend and for autograd alike."""
+    return func._can_decompose()
+
+
+def storage_key(value: torch.Tensor) -> int:
+    """Equal for two fake tensors exactly if they share memory (while both live); 0 for a tensor without storage of its own, as in vmap."""
+    try:
+        return value.untyped_storage()._cdata
+    except NotImplementedError:
+        return 0
+
+
+def expression(value: torch.SymInt | torch.SymFloat | torch.SymBool) -> Any:
+    """The sympy expression of a symbolic number, with the replacements that are known so far."""
+    return value.node.expr
+
+
+def has_unbacked(value: torch.SymInt | torch.SymFloat | torch.SymBool) -> bool:
+    """Whether the number depends on tensor data, not on shapes alone."""
+    return any(symbol_is_type(symbol, (SymT.UNBACKED_INT, SymT.UNBACKED_FLOAT)) for symbol in value.node.expr.free_symbols)
+
+
+def write_expression(value: Any, proxies: dict[Any, Any]) -> Any:
+    """Evaluate a sympy expression on `proxies` (by symbol): an FX proxy, or a plain number for a constant."""
+    return sympy_interp(PythonReferenceAnalysis, proxies, value)
+
+
+@contextlib.contextmanager
+def restored_modes() -> Iterator[Callable[[Node, Any, tuple[Any, ...]], Any]]:
+    """Gives `carry_out(node, target, args)`, which switches grad mode and autocast as a graph's mode node says.
+
+    On leaving, whatever the nodes left switched is switched back. Inference mode is not entered: it changes no shape or dtype.
+    """
+    open_autocasts: list[Any] = []
+    grad_mode = torch.is_grad_enabled()
+
+    def carry_out(node: Node, target: Any, args: tuple[Any, ...]) -> Any:
+        if target is SET_GRAD:
+            target(*args)
+        elif target is AUTOCAST_ENTER:
+            open_autocasts.append((node, target(*args)))
+        elif target is AUTOCAST_EXIT:
+            index = next(i for i, (entered, _) in enumerate(open_autocasts) if entered is node.args[0])
+            target(open_autocasts.pop(index)[1])
+
+    try:
+        yield carry_out
+    finally:
+        for _, entered in reversed(open_autocasts):
+            AUTOCAST_EXIT(entered)
+        torch._C._set_grad_enabled(grad_mode)

@@ -1,0 +1,500 @@
+"""Index expressions: what one element of a node is, as a term over its index.
+
+    element(node, (b, h, i, j))  ->  sympy term over b, h, i, j, sizes, `Load`s of captured tensors and `Dot`s of contractions
+
+The interpreter walks from the element asked for towards the inputs. Pointwise operations become sympy, views change the index,
+index arithmetic (arange, cat, cumsum of a constant, gathers) is evaluated, and whatever is none of these is loaded. So spelling
+vanishes: an expanded, transposed, concatenated or gathered mask reads the same as the condition that it stands for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Node
+
+from . import elementwise
+from .contraction import Contraction, contraction_of
+from .elementwise import as_condition, as_number
+from .ranges import Ranges
+from .terms import BoolLoad, IntLoad, IsTrue, Load, Term, Where, is_condition, number
+from .viewmaps import Index, argument_term, broadcast, shape_of, size_term, view_source, wrap
+
+aten = torch.ops.aten
+
+_MAX_DEPTH = 400
+
+
+class Dot(sympy.Function):
+    """`Dot(node, *index)`: one element of a contraction's result."""
+
+    is_real = True
+
+    @property
+    def node_name(self) -> str:
+        return str(self.args[0])
+
+    @property
+    def index(self) -> tuple[Term, ...]:
+        return self.args[1:]
+
+
+class Interpreter:
+    """Evaluates elements of the nodes of one graph.
+
+    Args:
+        ranges: bounds of the index symbols in use.
+        is_opaque: nodes to load rather than look through (e.g. those beyond a grad-mode border).
+    """
+
+    def __init__(self, ranges: Ranges, is_opaque: Callable[[Node], bool] = lambda node: False):
+        self.ranges = ranges
+        self.is_opaque = is_opaque
+        self.loaded: dict[str, Node] = {}
+        self.visited: set[Node] = set()
+        self._memo: dict[tuple[Node, Index], Term] = {}
+        self._depth = 0
+
+    def element(self, node: Node, index: Index) -> Term:
+        """The element of `node` at `index`, one term for each dimension."""
+        key = (node, index)
+        found = self._memo.get(key)
+        if found is None:
+            self._depth += 1
+            try:
+                found = self._memo[key] = self._evaluate(node, index)
+            finally:
+                self._depth -= 1
+        return found
+
+    def load(self, node: Node, index: Index) -> Term:
+        """The element as a load of `node`'s materialised tensor."""
+        value = node.meta["val"]
+        self.loaded[node.name] = node
+        index = tuple(sympy.S.Zero if n == 1 else i for i, n in zip(index, shape_of(node), strict=True))
+        name = sympy.Symbol(node.name)
+        if value.dtype is torch.bool:
+            return IsTrue(BoolLoad(name, *index))
+        return (Load if value.dtype.is_floating_point else IntLoad)(name, *index)
+
+    def contraction(self, dot: Dot) -> Contraction:
+        """The contraction that a `Dot` is an element of."""
+        found = contraction_of(self.loaded[dot.node_name])
+        assert found is not None
+        return found
+
+    # ---------------------------------------------------------------- one node
+
+    def _evaluate(self, node: Node, index: Index) -> Term:
+        if self.is_opaque(node) or self._depth > _MAX_DEPTH or node.op != "call_function":
+            return self._constant(node, index)
+        viewed = view_source(node, index, self.ranges)
+        if viewed is not None:
+            self.visited.add(node)
+            return self.element(*viewed)
+        handler = _HANDLERS.get(node.target)
+        result = None
+        if handler is not None:
+            result = handler(self, node, index)
+        elif node.target in elementwise.ARITHMETIC or node.target in elementwise.CONDITIONS or node.target in elementwise.RELATIONS:
+            result = self._pointwise(node, index)
+        elif contraction_of(node) is not None:
+            self.loaded[node.name] = node
+            result = Dot(sympy.Symbol(node.name), *index)
+        if result is None:
+            return self.load(node, index)
+        self.visited.add(node)
+        return result
+
+    def _constant(self, node: Node, index: Index) -> Term:
+        value = constant_value(node)
+        return self.load(node, index) if value is None else truth(value) if isinstance(value, bool) else number(value)
+
+    def argument(self, value: Any, index: Index) -> Term:
+        """An operand at an index of the broadcast result: a tensor's element, a number, a SymInt."""
+        if isinstance(value, Node):
+            if not isinstance(value.meta.get("val"), torch.Tensor):
+                return size_term(value.meta["val"])
+            return self.element(value, broadcast(index, shape_of(value)))
+        return truth(value) if isinstance(value, bool) else number(value)
+
+    def _pointwise(self, node: Node, index: Index) -> Term | None:
+        arguments = [self.argument(a, index) if a is not None else None for a in node.args]
+        keywords = {k: self.argument(a, index) for k, a in node.kwargs.items() if k in ("alpha", "min", "max")}
+        keywords = {{"min": "low", "max": "high"}.get(k, k): v for k, v in keywords.items()}
+        return self.apply(lambda *a: self._operate(node.target, a, keywords), arguments, is_float(node))
+
+    def _operate(self, target: Any, arguments: tuple[Any, ...], keywords: dict[str, Term]) -> Term:
+        if target in elementwise.RELATIONS:
+            return elementwise.compare(self.ranges, elementwise.RELATIONS[target], *arguments)
+        if target in elementwise.CONDITIONS:
+            return elementwise.CONDITIONS[target](*arguments)
+        return elementwise.ARITHMETIC[target](*(a if a is None else as_number(a) for a in arguments), **keywords)
+
+    def apply(self, operation: Callable[..., Term], arguments: list[Any], floating: bool = False) -> Term:
+        """`f(Where(c, a, b), y) -> Where(c, f(a, y), f(b, y))`: for integers and conditions, and for floats of constants."""
+        arguments = [as_number(a) if floating and is_condition(a) else a for a in arguments]
+        for k, a in enumerate(arguments):
+            if not isinstance(a, Where):
+                continue
+            others = [x for n, x in enumerate(arguments) if n != k and x is not None]
+            if floating and not all(x.is_number for x in (*others, *a.args[1:])):
+                continue
+            condition, then, otherwise = a.args
+            return self.ranges.where(
+                condition,
+                self.apply(operation, [*arguments[:k], then, *arguments[k + 1 :]], floating),
+                self.apply(operation, [*arguments[:k], otherwise, *arguments[k + 1 :]], floating),
+            )
+        return operation(*arguments)
+
+
+def is_float(node: Node) -> bool:
+    """Whether a node's value is a floating-point tensor."""
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.dtype.is_floating_point
+
+
+def truth(value: bool) -> Term:
+    """A Python truth value as a condition."""
+    return sympy.true if value else sympy.false
+
+
+def constant_value(node: Node) -> bool | int | float | None:
+    """The value of an attribute that holds a single number."""
+    if node.op != "get_attr":
+        return None
+    owner: Any = node.graph.owning_module
+    for part in str(node.target).split("."):
+        owner = getattr(owner, part, None)
+    if not isinstance(owner, torch.Tensor) or owner.numel() != 1 or owner.device.type == "meta" or owner.requires_grad:
+        return None
+    value: bool | int | float = owner.detach().reshape(()).item()
+    return value
+
+
+# -------------------------------------------------------------------- operations with a rule of their own
+
+Handler = Callable[[Interpreter, Node, Index], "Term | None"]
+_HANDLERS: dict[Any, Handler] = {}
+
+
+def _rule(*targets: Any) -> Callable[[Handler], Handler]:
+    def register(handler: Handler) -> Handler:
+        _HANDLERS.update(dict.fromkeys(targets, handler))
+        return handler
+
+    return register
+
+
+def _scalar(value: Any) -> Term | None:
+    if isinstance(value, Node):
+        return argument_term(value) if isinstance(value.meta.get("val"), (int, torch.SymInt)) else None
+    return truth(value) if isinstance(value, bool) else number(value)
+
+
+def _of_dtype(node: Node, term: Term | None) -> Term | None:
+    """A constant as the dtype of `node` holds it."""
+    if term is None:
+        return None
+    dtype = node.meta["val"].dtype
+    if dtype is torch.bool:
+        return as_condition(term)
+    term = as_number(term)
+    return term if dtype.is_floating_point or term.is_integer else elementwise.truncate(term)
+
+
+@_rule(aten.full.default, aten.full_like.default, aten.new_full.default)
+def _full(interpreter: Interpreter, node: Node, index: Index) -> Term | None:
+    position = 2 if node.target is aten.new_full.default else 1
+    return _of_dtype(node, _scalar(node.args[position]))
+
+
+@_rule(aten.ones.default, aten.ones_like.default, aten.new_ones.default)
+def _ones(interpreter: Interpreter, node: Node, index: Index) -> Term | None:
+    return _of_dtype(node, sympy.S.One)
+
+
+@_rule(aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default)
+def _zeros(interpreter: Interpreter, node: Node, index: Index) -> Term | None:
+    return _of_dtype(node, sympy.S.Zero)
+
+
+@_rule(aten.scalar_tensor.default)
+def _scalar_tensor(interpreter: Interpreter, node: Node, index: Index) -> Term | None:
+    return _of_dtype(node, _scalar(node.args[0]))
+
+
+@_rule(aten.arange.default, aten.arange.start, aten.arange.start_step)
+def _arange(interpreter: Interpreter, node: Node, index: Index) -> Term | None:
+    start = sympy.S.Zero if node.target is aten.arange.default else _scalar(node.args[0])
+    step = _scalar(node.args[2]) if len(node.args) > 2 else sympy.S.One
+    return None if start is None or step is None else start + step * index[0]
+
+
+@_rule(aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten.type_as.default,
+       aten._autocast_to_reduced_precision.default, aten._autocast_to_full_precision.default)  # fmt: skip
+def _cast(interpreter: Interpreter, node: Node, index: Index) -> Term | None:
+    source = node.args[0]
+    term = interpreter.element(source, index)
+    before, after = source.meta["val"].dtype, node.meta["val"].dtype
+    if after is torch.bool:
+        return as_condition(term)
+    if before.is_floating_point and not after.is_floating_point:
+        return as_number(term) if term.is_integer else None  # rounding decides which integer: leave it to the original
+    return as_number(term)
+
+
+@_rule(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
+def _where(interpreter: Interpreter, node: Node, index: Index) -> Term | None:
+    condition, then, otherwise = (interpreter.argument(a, index) for a in node.args)
+    return _choose(interpreter, node, condition, then, otherwise)
+
+
+def _choose(interpreter: Interpreter, node: Node, condition: Term, then: Term, otherwise: Term) -> Term:
+    if node.meta["val"].dtype is torch.bool:
+        return interpreter.ranges.where(as_condition(condition), as_condition(then), as_condition(otherwise))
+    return interpreter.ranges.where(as_condition(condition), as_number(then), as_number(otherwise))
+
+
+@_rule(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+def _masked_fill(interpreter: Interpreter, node: Node, index: Index) -> Term | None:
+    term, mask, fill = (interpreter.argument(a, index) for a in node.args)
+    return _choose(interpreter, node, mask, fill, term)
+
+
+@_rule(aten.tril.default, aten.triu.default)
+def _triangle(interpreter: Interpreter, node: Node, index: Index) -> Term | None:
+    diagonal = _scalar(node.args[1]) if len(node.args) > 1 else sympy.S.Zero
+    if diagonal is None:
+        return None
+    relation = sympy.Le if node.target is aten.tril.default else sympy.Ge
+    inside = interpreter.ranges.compare(relation, index[-1], index[-2] + diagonal)
+    zero = sympy.false if node.meta["val"].dtype is torch.bool else sympy.S.Zero
+    return _choose(interpreter, node, inside, interpreter.element(node.args[0], index), zero)
+
+
+@_rule(aten.div.Tensor_mode, aten.div.Scalar_mode)
+def _divide(interpreter: Interpreter, node: Node, index: Index) -> Term | None:
+    a, b = (interpreter.argument(x, index) for x in node.args[:2])
+    mode = node.kwargs.get("rounding_mode")
+    return interpreter.apply(lambda x, y: elementwise.divide(interpreter.ranges, x, y, mode), [a, b])
+
+
+@_rule(aten.floor_divide.default, aten.floor_divide.Scalar)
+def _floor_divide(interpreter: Interpreter, node: Node, index: Index) -> Term | None:
+    a, b = (interpreter.argument(x, index) for x in node.args[:2])
+    return interpreter.apply(lambda x, y: elementwise.floor_divide(interpreter.ranges, x, y), [a, b])
+
+
+@_rule(aten.remainder.Scalar, aten.remainder.Tensor)
+def _remainder(interpreter: Interpreter, node: Node, index: Index) -> Term | None:
+    a, b = (interpreter.argument(x, index) for x in node.args[:2])
+    if not (a.is_integer and b.is_integer):
+        return None
+    return interpreter.apply(interpreter.ranges.modulo, [a, b])
+
+
+@_rule(aten.dropout.default, aten.native_dropout.default)
+def _dropout(interpreter: Interpreter, node: Node, index: Index) -> Term | None:
+    if node.target is aten.native_dropout.default or (node.args[1] != 0 and node.args[2]):
+        return None
+    return interpreter.element(node.args[0], index)
+
+
+@_rule(aten.cat.default)
+def _cat(interpreter: Interpreter, node: Node, index: Index) -> Term | None:
+    dim = wrap_dim(node.args[1] if len(node.args) > 1 else 0, len(index))
+    parts = [p for p in node.args[0] if p.meta["val"].dim() == len(index)]
+    offset: Term = sympy.S.Zero
+    pieces = []
+    for part in parts:
+        size = shape_of(part)[dim]
+        pieces.append((offset, size, part))
+        offset = offset + size
+    return _pick(interpreter, node, index, dim, pieces)
+
+
+def _pick(interpreter: Interpreter, node: Node, index: Index, dim: int, pieces: list[tuple[Term, Term, Node]]) -> Term:
+    """The element of the piece that `index[dim]` falls into: `Where(k < end, first piece, the rest)`."""
+    start, size, part = pieces[0]
+    k = index[dim]
+    ranges = interpreter.ranges
+    inside = sympy.true if len(pieces) == 1 else ranges.compare(sympy.Lt, k, sympy.expand(start + size))
+    if inside is sympy.false:
+        return _pick(interpreter, node, index, dim, pieces[1:])
+    there = tuple(k - start if d == dim else i for d, i in enumerate(index))
+    then = interpreter.element(part, there)
+    if inside is sympy.true:
+        return then
+    return _choose(interpreter, node, inside, then, _pick(interpreter, node, index, dim, pieces[1:]))
+
+
+@_rule(aten.stack.default)
+def _stack(interpreter: Interpreter, node: Node, index: Index) -> Term | None:
+    dim = wrap_dim(node.args[1] if len(node.args) > 1 else 0, len(index))
+    k = index[dim]
+    rest = index[:dim] + index[dim + 1 :]
+    result = interpreter.element(node.args[0][-1], rest)
+    for position, part in reversed(list(enumerate(node.args[0][:-1]))):
+        here = interpreter.ranges.compare(sympy.Eq, k, sympy.Integer(position))
+        result = _choose(interpreter, node, here, interpreter.element(part, rest), result)
+    return result
+
+
+@_rule(aten.constant_pad_nd.default)
+def _pad(interpreter: Interpreter, node: Node, index: Index) -> Term | None:
+    source, pads = node.args[0], node.args[1]
+    fill = _of_dtype(node, _scalar(node.args[2]) if len(node.args) > 2 else sympy.S.Zero)
+    shape = shape_of(source)
+    inside: Term = sympy.true
+    there = list(index)
+    for n in range(len(pads) // 2):
+        dim = len(index) - 1 - n
+        there[dim] = index[dim] - argument_term(pads[2 * n])
+        low = interpreter.ranges.compare(sympy.Ge, there[dim], sympy.S.Zero)
+        high = interpreter.ranges.compare(sympy.Lt, there[dim], shape[dim])
+        inside = sympy.And(inside, low, high)
+    return None if fill is None else _choose(interpreter, node, inside, interpreter.element(source, tuple(there)), fill)
+
+
+@_rule(aten.index.Tensor, aten._unsafe_index.Tensor)
+def _index(interpreter: Interpreter, node: Node, index: Index) -> Term | None:
+    source, positions = node.args
+    used = [k for k, p in enumerate(positions) if p is not None]
+    if not used or any(positions[k].meta["val"].dtype in (torch.bool, torch.uint8) for k in used):
+        return None
+    rank = max(positions[k].meta["val"].dim() for k in used)
+    adjacent = used == list(range(used[0], used[-1] + 1))
+    at = used[0] if adjacent else 0
+    gathered, rest = index[at : at + rank], list(index[:at] + index[at + rank :])
+    shape = shape_of(source)
+    there: list[Term] = []
+    for k in range(len(shape)):
+        if k in used:
+            there.append(_position(interpreter, positions[k], gathered, shape[k]))
+        else:
+            there.append(rest.pop(0))
+    return interpreter.element(source, tuple(there))
+
+
+def _position(interpreter: Interpreter, positions: Node, index: Index, size: Term) -> Term:
+    """An index read from a tensor of positions; negative ones count from the end."""
+    term = interpreter.argument(positions, index)
+    if term.is_Integer:
+        return wrap(term, size)
+    if interpreter.ranges.is_nonnegative(term):
+        return term
+    return Where(term < 0, term + size, term)
+
+
+@_rule(aten.gather.default)
+def _gather(interpreter: Interpreter, node: Node, index: Index) -> Term | None:
+    source, dim, positions = node.args[:3]
+    dim = wrap_dim(dim, len(index))
+    at = interpreter.element(positions, index)
+    return interpreter.element(source, tuple(at if k == dim else i for k, i in enumerate(index)))
+
+
+@_rule(aten.index_select.default)
+def _index_select(interpreter: Interpreter, node: Node, index: Index) -> Term | None:
+    source, dim, positions = node.args
+    dim = wrap_dim(dim, len(index))
+    at = interpreter.element(positions, (index[dim],))
+    return interpreter.element(source, tuple(at if k == dim else i for k, i in enumerate(index)))
+
+
+@_rule(aten.embedding.default)
+def _embedding(interpreter: Interpreter, node: Node, index: Index) -> Term | None:
+    weight, positions = node.args[:2]
+    return interpreter.element(weight, (interpreter.element(positions, index[:-1]), index[-1]))
+
+
+@_rule(aten.diff.default)
+def _diff(interpreter: Interpreter, node: Node, index: Index) -> Term | None:
+    """`y[k] = x[k + 1] - x[k]` of the input with what is prepended; only the first difference, with nothing appended."""
+    source, order, dim, prepend, appended = (*node.args, *[None] * 5)[:5]
+    dim = wrap_dim(-1 if dim is None else dim, len(index))
+    if order not in (None, 1) or appended is not None or not isinstance(source, Node):
+        return None
+    length = sympy.S.Zero if prepend is None else shape_of(prepend)[dim]
+
+    def at(k: Term) -> Term:
+        pieces = [] if prepend is None else [(sympy.S.Zero, length, prepend)]
+        pieces.append((length, shape_of(source)[dim], source))
+        return _pick(interpreter, node, tuple(k if d == dim else i for d, i in enumerate(index)), dim, pieces)
+
+    if node.meta["val"].dtype is torch.bool:
+        return None
+    later, earlier = at(sympy.expand(index[dim] + 1)), at(index[dim])
+    return interpreter.apply(lambda a, b: sympy.expand(a - b), [later, earlier])
+
+
+@_rule(aten.cumsum.default)
+def _cumsum(interpreter: Interpreter, node: Node, index: Index) -> Term | None:
+    """The cumulative sum of a constant c is c * (k + 1); of anything else it is loaded."""
+    source = node.args[0]
+    dim = wrap_dim(node.args[1], len(index)) if index else 0
+    before = set(interpreter.loaded)
+    term = as_number(interpreter.element(source, index))
+    if term.free_symbols & set(index[dim].free_symbols) or not term.is_number:
+        for name in set(interpreter.loaded) - before:
+            del interpreter.loaded[name]
+        return None
+    return term * (index[dim] + 1)
+
+
+@_rule(aten.slice_scatter.default)
+def _slice_scatter(interpreter: Interpreter, node: Node, index: Index) -> Term | None:
+    target, source = node.args[:2]
+    dim = wrap_dim(node.args[2] if len(node.args) > 2 else 0, len(index))
+    start = argument_term(node.args[3]) if len(node.args) > 3 and node.args[3] is not None else sympy.S.Zero
+    if len(node.args) > 5 and node.args[5] != 1:
+        return None
+    start = wrap(start, shape_of(node)[dim])
+    size = shape_of(source)[dim]
+    ranges, k = interpreter.ranges, index[dim]
+    inside = sympy.And(ranges.compare(sympy.Ge, k, start), ranges.compare(sympy.Lt, k, start + size))
+    if inside is sympy.false:
+        return interpreter.element(target, index)
+    then = interpreter.element(source, tuple(k - start if d == dim else i for d, i in enumerate(index)))
+    return then if inside is sympy.true else _choose(interpreter, node, inside, then, interpreter.element(target, index))
+
+
+def wrap_dim(dim: int, rank: int) -> int:
+    """A dimension counted from the end if it is negative."""
+    return dim + rank if dim < 0 else dim
+
+
+@_rule(aten.baddbmm.default)
+def _baddbmm(interpreter: Interpreter, node: Node, index: Index) -> Term | None:
+    """`beta * bias + alpha * Dot`."""
+    beta, alpha = (node.kwargs.get(name, 1) for name in ("beta", "alpha"))
+    interpreter.loaded[node.name] = node
+    product = number(alpha) * Dot(sympy.Symbol(node.name), *index)
+    if beta == 0:
+        return product
+    return number(beta) * as_number(interpreter.argument(node.args[0], index)) + product
+
+
+def names_of(term: Term, kind: type[sympy.Function]) -> dict[str, list[Any]]:
+    """The functions of a kind in a term, by the name of their node, in order of appearance."""
+    found: dict[str, list[Any]] = {}
+    for atom in sympy.preorder_traversal(term):
+        if isinstance(atom, kind) and atom not in found.setdefault(str(atom.args[0]), []):
+            found[str(atom.args[0])].append(atom)
+    return found
+
+
+def rename(term: Term, names: Mapping[str, str]) -> Term:
+    """A term with the tensors of its loads renamed."""
+    return term.xreplace({sympy.Symbol(old): sympy.Symbol(new) for old, new in names.items()})
+
+
+def is_finite_number(term: Term) -> bool:
+    """Whether a term is a finite number."""
+    return bool(term.is_number) and math.isfinite(float(term))

@@ -1,0 +1,130 @@
+"""What a recogniser may ask of a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from .contraction import contraction_of
+from .expr import Interpreter
+from .ranges import Ranges
+from .trace import mode_regions, requires_grad
+from .viewmaps import VIEWS
+
+aten = torch.ops.aten
+
+CASTS = frozenset({
+    aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten.type_as.default,
+    aten._autocast_to_reduced_precision.default, aten._autocast_to_full_precision.default,
+})  # fmt: skip
+
+
+class GraphView:
+    """A lifted graph with the facts that recognisers ask for, each computed once.
+
+    Attributes:
+        strict: whether the original's rounding points must be kept (the option `numerics="strict"`).
+    """
+
+    def __init__(self, module: GraphModule, *, strict: bool = False):
+        self.module = module
+        self.strict = strict
+
+    @property
+    def graph(self) -> Graph:
+        return self.module.graph
+
+    @cached_property
+    def regions(self) -> dict[Node, int]:
+        """Nodes between the same grad-mode and autocast borders have the same number."""
+        return mode_regions(self.module.graph)
+
+    @cached_property
+    def needs_grad(self) -> set[Node]:
+        """The nodes whose values would require a gradient."""
+        return set(requires_grad(self.module))
+
+    @cached_property
+    def order(self) -> dict[Node, int]:
+        """Position of each node."""
+        return {node: k for k, node in enumerate(self.module.graph.nodes)}
+
+    def interpreter(self, ranges: Ranges, anchor: Node, *, opaque: Iterable[Node] = ()) -> Interpreter:
+        """An interpreter that loads what lies beyond the anchor's mode region, if a gradient flows through it."""
+        stops = frozenset(opaque)
+        here = self.regions.get(anchor)
+
+        def is_opaque(node: Node) -> bool:
+            return node in stops or (self.regions.get(node) != here and is_differentiable(node))
+
+        return Interpreter(ranges, is_opaque)
+
+    def dead_without(self, output: Node) -> set[Node]:
+        """The nodes that only `output` needs, itself included."""
+        dead = {output}
+        for node in reversed(self.graph.nodes):
+            if node in dead or node.op != "call_function" or node.is_impure():
+                continue
+            if node.users and all(user in dead for user in node.users):
+                dead.add(node)
+        return dead
+
+
+def is_differentiable(node: Node) -> bool:
+    """Whether a node's value could carry a gradient."""
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.dtype.is_floating_point
+
+
+def contractions_after(node: Node) -> Iterator[tuple[Node, Node]]:
+    """Contractions that `node` reaches through views, casts and dropout: `(contraction, the operand that came from node)`.
+
+    What else uses it is not followed; see `other_users`.
+    """
+    seen: set[Node] = set()
+    frontier = [node]
+    while frontier:
+        current = frontier.pop()
+        for user in current.users:
+            if contraction_of(user) is not None:
+                yield user, current
+            elif is_passage(user) and user not in seen:
+                seen.add(user)
+                frontier.append(user)
+
+
+def is_passage(node: Node) -> bool:
+    """Whether a node only moves, casts or drops out its first input."""
+    return node.target in VIEWS or node.target in CASTS or node.target is aten.dropout.default
+
+
+def describe(node: Node) -> str:
+    """A node for a sentence: its operation, and the user's line if known."""
+    where = source_line(node)
+    name = getattr(node.target, "__name__", str(node.target)) if node.op == "call_function" else node.op
+    return f"{str(name).split('.')[0]}{f' at {where}' if where else ''}"
+
+
+def source_line(node: Node) -> str:
+    """`file:line` of the user's code that a node comes from, or its module path, or nothing."""
+    trace = node.meta.get("stack_trace")
+    if trace:
+        lines = [line.strip() for line in str(trace).splitlines() if line.strip().startswith("File ")]
+        if lines:
+            parts = lines[-1].split('"')
+            number = lines[-1].split("line ")[-1].split(",")[0]
+            return f"{parts[1]}:{number}"
+    return module_path(node)
+
+
+def module_path(node: Node) -> str:
+    """The path of the innermost module that a node comes from."""
+    stack: dict[str, Any] = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return ""
+    path, _ = list(stack.values())[-1]
+    return str(path).removeprefix("L['self'].").removeprefix("L['self']")

@@ -1,0 +1,232 @@
+"""The rule engine: try rules at their anchors, replace what matched, verify each replacement, log everything.
+
+A replacement must have the shape, dtype and strides of what it replaces, and leave nothing behind that computes it a second time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from .builder import Builder
+from .errors import VerifyError
+from .ir import Match, Operand, Rejected, Rule
+from .pattern import GraphView, describe, module_path, source_line
+from .terms import integer_symbol
+from .viewmaps import shape_of, size_term
+
+aten = torch.ops.aten
+
+Lower = Callable[..., Node]
+_COPIES = (aten.clone.default, aten.contiguous.default)
+_I, _D = integer_symbol("i"), integer_symbol("d")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """One rule tried at one anchor. `result` is its match, or why not."""
+
+    rule: str
+    family: str
+    anchor: str
+    where: str
+    module: str
+    result: Match | Rejected
+    seconds: float
+
+    @property
+    def matched(self) -> bool:
+        return isinstance(self.result, Match)
+
+    def __str__(self) -> str:
+        place = f"{self.rule} at {self.anchor} ({self.where or 'no source line'})"
+        if isinstance(self.result, Match):
+            return f"{place}: matched, {self.result.spec.to_json()}"
+        stopped = f", stopped at {describe(self.result.node)}" if self.result.node is not None else ""
+        return f"{place}: refused at step {self.result.step!r}: {self.result.why}{stopped}"
+
+
+def attempt_all(view: GraphView, rules: Iterable[Rule]) -> list[Attempt]:
+    """Try every rule at each of its anchors, in graph order."""
+    by_anchor: dict[Any, list[Rule]] = {}
+    for rule in rules:
+        for anchor in rule.anchors:
+            by_anchor.setdefault(anchor, []).append(rule)
+    attempts = []
+    for node in view.graph.nodes:
+        for rule in by_anchor.get(node.target, ()) if node.op == "call_function" else ():
+            attempts.append(_attempt(rule, node, view))
+    return attempts
+
+
+def _attempt(rule: Rule, node: Node, view: GraphView) -> Attempt:
+    start = time.perf_counter()
+    try:
+        result = rule.recognise(node, view)
+    except Exception as error:  # a rule that fails must not take the compile with it
+        result = Rejected(step="internal", why=f"{type(error).__name__} in rule {rule.name}: {error}", node=node)
+    return Attempt(
+        rule=rule.name,
+        family=rule.family,
+        anchor=node.name,
+        where=source_line(node),
+        module=module_path(node),
+        result=result,
+        seconds=time.perf_counter() - start,
+    )
+
+
+# -------------------------------------------------------------------- replacing
+
+
+def replace(match: Match, lower: Lower) -> Node:
+    """Put `lower`'s nodes in the place of a match.
+
+    Args:
+        lower: `lower(builder, operands, captures, sizes, match, layout)` adds the operation and returns its result
+            [b, h, i, d]; `layout` names its memory order.
+
+    Returns:
+        The node that has taken over the uses of `match.output`.
+
+    Raises:
+        VerifyError: the result would differ from the original in shape, dtype or strides; the graph is unchanged.
+    """
+    graph = match.output.graph
+    builder = Builder(graph, match.output)
+    copied = _copy_after(match)
+    try:
+        operands = {name: _materialise(builder, operand) for name, operand in match.inputs.items()}
+        common = len(builder.added)
+        for layout in ("bthd",) if copied is not None else ("bhtd", "bthd"):
+            result = lower(builder, operands, match.captures, match.sizes, match, layout)
+            result = _in_layout(builder, result, match)
+            if copied is not None or _same_strides(result, match.output):
+                break
+            if layout == "bhtd":
+                _drop_since(builder, common)
+        if copied is None and not _same_strides(result, match.output):
+            result = _with_strides_of(builder, result, match.output)
+        _verify(result, match.output)
+    except Exception:
+        builder.undo()
+        raise
+    match.output.replace_all_uses_with(result)
+    if copied is not None:
+        _forget_copy(result, *copied)
+    _erase_dead(match)
+    return result
+
+
+def _drop_since(builder: Builder, count: int) -> None:
+    for node in reversed(builder.added[count:]):
+        builder.graph.erase_node(node)
+    del builder.added[count:]
+
+
+def _materialise(builder: Builder, operand: Operand) -> Node:
+    node = operand.base
+    for target, arguments in operand.views:
+        node = builder.call(target, node, *arguments)
+    if node.meta["val"].dtype != operand.dtype:
+        node = builder.call(aten._to_copy.default, node, dtype=operand.dtype)
+    return node
+
+
+def _in_layout(builder: Builder, result: Node, match: Match) -> Node:
+    """[b, h, i, d] as the output's own dimensions: batch dimensions split or merged, then permuted."""
+    target = match.output.meta["val"]
+    batch = [k for k, term in enumerate(match.layout) if term not in (_I, _D)]
+    if len(batch) == 0:
+        result = builder.call(aten.select.int, builder.call(aten.select.int, result, 0, 0), 0, 0)
+    elif len(batch) == 1 and result.meta["val"].shape[1] == 1:
+        result = builder.call(aten.select.int, result, 1, 0)
+    elif len(batch) != 2:
+        sizes = [target.shape[k] for k in batch]
+        if sum(not isinstance(n, int) for n in sizes) > 1:
+            raise VerifyError("Expected at most one symbolic batch dimension in the output but got several")
+        merged = builder.call(aten.flatten.using_ints, result, 0, 1)
+        result = builder.call(aten.unflatten.int, merged, 0, [n if isinstance(n, int) else -1 for n in sizes]) if len(sizes) > 1 else merged
+    dims = [*batch, match.layout.index(_I), match.layout.index(_D)]
+    order = [dims.index(k) for k in range(len(dims))]
+    if order != sorted(order):
+        result = builder.call(aten.permute.default, result, order)
+    if result.meta["val"].dtype != target.dtype:
+        result = builder.call(aten._to_copy.default, result, dtype=target.dtype)
+    return result
+
+
+def _same_strides(a: Node, b: Node) -> bool:
+    """Whether two values lie alike in memory; strides of dimensions of size 1 do not count."""
+    x, y = a.meta["val"], b.meta["val"]
+    if x.dim() != y.dim():
+        return False
+    pairs = zip(x.shape, x.stride(), y.stride(), strict=True)
+    return all(isinstance(n, int) and n == 1 or size_term(s) == size_term(t) for n, s, t in pairs)
+
+
+def _with_strides_of(builder: Builder, result: Node, wanted: Node) -> Node:
+    """A copy in the memory order of `wanted`."""
+    strides = wanted.meta["val"].stride()
+    if not all(isinstance(s, int) for s in strides):
+        return builder.call(aten.clone.default, result, memory_format=torch.contiguous_format)
+    order = sorted(range(len(strides)), key=lambda k: -strides[k])
+    copy = builder.call(aten.permute.default, result, order)
+    copy = builder.call(aten.clone.default, copy, memory_format=torch.contiguous_format)
+    return builder.call(aten.permute.default, copy, [order.index(k) for k in range(len(order))])
+
+
+def _verify(result: Node, original: Node) -> None:
+    new, old = result.meta["val"], original.meta["val"]
+    if shape_of(result) != shape_of(original):
+        raise VerifyError(f"Expected the rewrite of {original.name} to have shape {tuple(old.shape)} but got {tuple(new.shape)}")
+    if new.dtype != old.dtype or new.device != old.device:
+        raise VerifyError(f"Expected {old.dtype} on {old.device} for {original.name} but got {new.dtype} on {new.device}")
+
+
+def _copy_after(match: Match) -> tuple[Node, Node] | None:
+    """`(permutation, copy)` if the output is only swapped to [b, i, h, d] and copied: then it may be made in that order."""
+    output = match.output
+    if len(match.layout) != 4 or match.layout[2:] != (_I, _D) or len(output.users) != 1:
+        return None
+    swap = next(iter(output.users))
+    swaps = (swap.target is aten.transpose.int and {d % 4 for d in swap.args[1:3]} == {1, 2}) or (  # type: ignore[operator]
+        swap.target is aten.permute.default and [d % 4 for d in swap.args[1]] == [0, 2, 1, 3]  # type: ignore[operator, union-attr]
+    )
+    if not swaps or len(swap.users) != 1:
+        return None
+    copy = next(iter(swap.users))
+    if copy.target not in _COPIES or copy.kwargs.get("memory_format", torch.contiguous_format) is not torch.contiguous_format:
+        return None
+    return (swap, copy) if copy.target is not aten.clone.default or "memory_format" in copy.kwargs else None
+
+
+def _forget_copy(result: Node, swap: Node, copy: Node) -> None:
+    """The permutation of an output that lies in [b, i, h, d] order is contiguous: its copy is the same."""
+    swapped = Builder(result.graph, swap).call(aten.transpose.int, result, 1, 2)
+    if not swapped.meta["val"].is_contiguous():
+        result.graph.erase_node(swapped)
+        return
+    copy.replace_all_uses_with(swapped)
+    for node in (copy, swap):
+        result.graph.erase_node(node)
+
+
+def _erase_dead(match: Match) -> None:
+    for node in reversed(match.output.graph.nodes):
+        if (node in match.interior or node is match.output) and not node.users:
+            node.graph.erase_node(node)
+
+
+def hits_by_rule(attempts: Iterable[Attempt]) -> Mapping[str, tuple[int, int, float]]:
+    """For each rule: matches, attempts, seconds."""
+    table: dict[str, tuple[int, int, float]] = {}
+    for attempt in attempts:
+        hits, tries, seconds = table.get(attempt.rule, (0, 0, 0.0))
+        table[attempt.rule] = (hits + attempt.matched, tries + 1, seconds + attempt.seconds)
+    return table

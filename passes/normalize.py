@@ -1,0 +1,183 @@
+"""One spelling for what has several, before anything is recognised.
+
+    exp(x - max(x)) / sum(exp(x - max(x)))  ->  softmax(x)        cat([empty, x])        ->  x
+    exp(x - logsumexp(x))                   ->  softmax(x)        reshape, _unsafe_view  ->  view
+    exp(log_softmax(x))                     ->  softmax(x)        detach(copy(constant)) ->  constant
+    dropout(x, p, training=False)  ->  x                   x + 0 (integers)      ->  x
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from effcompile.builder import Builder
+from effcompile.viewmaps import shape_of
+
+aten = torch.ops.aten
+
+Rewrite = Callable[[Node], "Node | None"]
+_VIEWS = (aten.reshape.default, aten._unsafe_view.default)
+_COPIES = (aten.lift_fresh_copy.default, aten.detach.default, aten.clone.default)
+
+
+def normalize(module: GraphModule) -> list[str]:
+    """Apply every rewrite once at each node, in graph order; returns a line for each that applied."""
+    log = []
+    for node in list(module.graph.nodes):
+        if node.op != "call_function":
+            continue
+        for rewrite in REWRITES.get(node.target, ()):
+            if not node.users and not node.is_impure():
+                break
+            replacement = rewrite(node)
+            if replacement is not None:
+                log.append(f"{rewrite.__name__.strip('_')} at {node.name}")
+                node.replace_all_uses_with(replacement)
+                break
+    if log:
+        module.graph.eliminate_dead_code()
+    return log
+
+
+# -------------------------------------------------------------------- softmax written out
+
+
+def _softmax_of_quotient(node: Node) -> Node | None:
+    """`e / sum(e, dim, keepdim)` with `e = exp(x)`, shifted or not."""
+    numerator, denominator = node.args[:2]
+    if not isinstance(numerator, Node) or not isinstance(denominator, Node):
+        return None
+    if numerator.target is not aten.exp.default or denominator.target is not aten.sum.dim_IntList:
+        return None
+    dims = _reduced(denominator, numerator)
+    if dims is None or denominator.kwargs.get("dtype") not in (None, node.meta["val"].dtype):
+        return None
+    return _softmax(node, _unshifted(numerator.args[0], dims), dims)
+
+
+def _softmax_of_exponential(node: Node) -> Node | None:
+    """`exp(x - logsumexp(x, dim, keepdim))` and `exp(log_softmax(x, dim))`."""
+    source = node.args[0]
+    if not isinstance(source, Node):
+        return None
+    if source.target in (aten.log_softmax.int, aten._log_softmax.default):
+        return _softmax(node, source.args[0], int(source.args[1]))  # type: ignore[call-overload]
+    if source.target is not aten.sub.Tensor or not isinstance(source.args[1], Node):
+        return None
+    logits, total = source.args[:2]
+    if total.target is not aten.logsumexp.default or total.args[0] is not logits:
+        return None
+    dim = _reduced(total, logits)
+    return None if dim is None else _softmax(node, logits, dim)
+
+
+def _reduced(reduction: Node, source: Any) -> int | None:
+    """The one dimension that a reduction of `source` takes, keeping it with size 1."""
+    if reduction.args[0] is not source or len(reduction.args) < 3 or not reduction.args[2]:
+        return None
+    dims = reduction.args[1]
+    dims = [dims] if isinstance(dims, int) else list(dims)  # type: ignore[arg-type]
+    return dims[0] if len(dims) == 1 else None
+
+
+def _unshifted(logits: Any, dim: int) -> Any:
+    """`x` of `x - max(x, dim, keepdim)`; anything else unchanged."""
+    if not isinstance(logits, Node) or logits.target is not aten.sub.Tensor or not isinstance(logits.args[1], Node):
+        return logits
+    source, top = logits.args[:2]
+    while top.target in (aten.detach.default,):
+        top = top.args[0]
+    if getattr(top.target, "__name__", "") == "getitem" and top.args[1] == 0:
+        top = top.args[0]
+    if top.target is aten.amax.default:
+        maximum = top.args[0] is source and _reduced(top, source) == dim
+    else:
+        maximum = top.target is aten.max.dim and top.args[0] is source and top.args[1] == dim and len(top.args) > 2
+    return source if maximum else logits
+
+
+def _softmax(node: Node, logits: Any, dim: int) -> Node | None:
+    if not isinstance(logits, Node):
+        return None
+    new, old = logits.meta["val"], node.meta["val"]
+    dtype = old.dtype if new.dtype != old.dtype else None
+    builder = Builder(node.graph, node)
+    result = builder.call(aten.softmax.int, logits, dim, dtype)
+    if shape_of(result) != shape_of(node) or result.meta["val"].dtype != old.dtype:
+        builder.undo()
+        return None
+    return result
+
+
+# -------------------------------------------------------------------- concatenations, views, constants
+
+
+def _cat_with_empty(node: Node) -> Node | None:
+    """What has no elements adds nothing to a concatenation."""
+    parts = [part for part in node.args[0] if not _is_empty(part)]  # type: ignore[union-attr, arg-type]
+    if len(parts) == len(node.args[0]) or not parts:  # type: ignore[arg-type]
+        return None
+    if any(part.meta["val"].dtype != node.meta["val"].dtype for part in parts):
+        return None
+    if len(parts) == 1:
+        return parts[0] if parts[0].meta["val"].stride() == node.meta["val"].stride() else _copied(node, parts[0])
+    return Builder(node.graph, node).call(aten.cat.default, parts, *node.args[1:])
+
+
+def _copied(node: Node, part: Node) -> Node:
+    return Builder(node.graph, node).call(aten.clone.default, part, memory_format=torch.contiguous_format)
+
+
+def _is_empty(node: Node) -> bool:
+    shape = node.meta["val"].shape
+    return any(isinstance(n, int) and n == 0 for n in shape)
+
+
+def _as_view(node: Node) -> Node | None:
+    """A reshape that moves no data is a view."""
+    source = node.args[0]
+    if not isinstance(source, Node) or not source.meta["val"].is_contiguous():
+        return None
+    builder = Builder(node.graph, node)
+    return builder.call(aten.view.default, source, node.args[1])
+
+
+def _constant_copy(node: Node) -> Node | None:
+    """A functional graph writes to no constant, so a copy of one is the constant."""
+    source = node.args[0]
+    return source if isinstance(source, Node) and source.op == "get_attr" and not _is_parameter(source) else None
+
+
+def _is_parameter(node: Node) -> bool:
+    owner: Any = node.graph.owning_module
+    for part in str(node.target).split("."):
+        owner = getattr(owner, part)
+    return isinstance(owner, torch.nn.Parameter) or (isinstance(owner, torch.Tensor) and owner.requires_grad)
+
+
+def _added_zero(node: Node) -> Node | None:
+    """`x + 0` of integers is x."""
+    source, other = node.args[:2]
+    exact = isinstance(source, Node) and other == 0 and not node.meta["val"].dtype.is_floating_point
+    return source if exact and source.meta["val"].dtype == node.meta["val"].dtype else None  # type: ignore[union-attr, return-value]
+
+
+def _inactive_dropout(node: Node) -> Node | None:
+    """Dropout outside training, or of nothing, is the identity and draws no random numbers."""
+    source, p, training = node.args
+    return source if isinstance(source, Node) and (p == 0 or not training) else None
+
+
+REWRITES: dict[Any, tuple[Rewrite, ...]] = {
+    aten.div.Tensor: (_softmax_of_quotient,),
+    aten.exp.default: (_softmax_of_exponential,),
+    aten.cat.default: (_cat_with_empty,),
+    aten.add.Tensor: (_added_zero,),
+    aten.dropout.default: (_inactive_dropout,),
+    **dict.fromkeys(_VIEWS, (_as_view,)),
+    **dict.fromkeys(_COPIES, (_constant_copy,)),
+}
