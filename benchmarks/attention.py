@@ -31,9 +31,10 @@ from common import (
     peak_mb,
     relative_l2,
     release,
+    report,
     result_path,
     select,
-    summarize,
+    start_report,
     warm_up,
     write_json,
 )
@@ -114,12 +115,13 @@ def _measure(case: Case, contender: str, mode: str) -> dict[str, Any]:
     attention = CONTENDERS[contender](case.row, case.extra, case.device)
     if attention is None:
         return {"status": "cannot express it"}
+    start_report()
     step = case.call(attention, mode)
     got, first_s = first_call(step, case.device)
     result: dict[str, Any] = {"status": "ok", "first_s": round(first_s, 2), "errors": case.errors(got)}
     del got
     if contender == "effarch":
-        result["report"] = summarize(import_effcompile().last_report())
+        result["report"] = report()
     peak, floor = peak_mb(step, case.device), case.floor_ms(mode)
     ms = median_ms(step, case.device, budget_ms=80.0)
     result |= {"ms": round(ms, 4), "peak_mb": None if peak is None else round(peak, 1)}

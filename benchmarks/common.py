@@ -37,6 +37,10 @@ def import_effcompile() -> Any:
         sys.path.insert(0, str(ROOT))
     import effcompile
 
+    if "effarch" not in torch._dynamo.list_backends():  # a checkout that is not installed has no entry point
+        from effcompile.backend import effarch
+
+        torch._dynamo.register_backend(effarch, name="effarch")
     return effcompile
 
 
@@ -242,17 +246,26 @@ def failure(error: BaseException) -> dict[str, Any]:
     return {"status": "error", "error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
 
 
-def summarize(report: Any) -> dict[str, Any]:
-    """What a report says in a few words: its decisions by outcome, and what was chosen."""
-    return {"decisions": [_decision(d) for d in report.decisions], "graph_breaks": _count(report.graph_breaks)}
+def start_report() -> None:
+    """Forget what effarch compiled before."""
+    import_effcompile().reset_report()
 
 
-def _decision(decision: Any) -> dict[str, str]:
-    return {name: getattr(decision, name) for name in ("family", "outcome", "chosen", "why", "where")}
+def report() -> dict[str, Any]:
+    """What effarch made of what it compiled since `start_report`: decisions, graphs handed on, graph breaks, seconds by stage."""
+    found = import_effcompile().last_report()
+    names = ("family", "outcome", "chosen", "why", "where")
+    return {
+        "decisions": [{**{name: getattr(d, name) for name in names}, "where": _inside(d.where)} for d in found.decisions],
+        "handed_on": [frame.why for frame in found.frames if frame.outcome == "fallback"],
+        "graph_breaks": list(found.graph_breaks),
+        "timings": {stage: round(seconds, 4) for stage, seconds in found.timings.items()},
+    }
 
 
-def _count(breaks: Any) -> int:
-    return len(breaks) if isinstance(breaks, Sequence) else int(breaks)
+def _inside(where: str) -> str:
+    """A source location without the folders of this machine."""
+    return where.replace(f"{ROOT}{os.sep}", "")
 
 
 def select(names: Sequence[str], chosen: str | None) -> list[str]:

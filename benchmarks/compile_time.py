@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from children import answer, model_zoo, run_child
-from common import cache_environment, environment, failure, first_call, import_effcompile, result_path, select, write_json
+from common import cache_environment, environment, failure, first_call, import_effcompile, report, result_path, select, write_json
 
 
 class TimedInductor:
@@ -40,7 +40,7 @@ class TimedInductor:
 
 def child(name: str, backend: str) -> dict[str, Any]:
     """Compile and run one model once."""
-    effcompile = import_effcompile()
+    import_effcompile()
     model, inputs = model_zoo().build(name)
     timed = TimedInductor()
     compiled = torch.compile(model, backend=timed if backend == "inductor" else backend)
@@ -52,8 +52,8 @@ def child(name: str, backend: str) -> dict[str, Any]:
     result["autograd_cache_hit"] = counters["aot_autograd"]["autograd_cache_hit"]
     if backend == "inductor":
         return {**result, "inductor_s": round(timed.seconds, 3)}
-    timings = {key: round(value, 4) for key, value in effcompile.last_report().timings.items()}
-    added = sum(value for key, value in timings.items() if key != "inductor_s")
+    timings = report()["timings"]
+    added = sum(seconds for stage, seconds in timings.items() if stage != "inductor")
     return {**result, "timings": timings, "added_s": round(added, 4)}
 
 

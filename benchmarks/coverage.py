@@ -14,14 +14,15 @@ from typing import Any
 
 import torch
 from children import answer, model_zoo, run_child
-from common import environment, failure, import_effcompile, max_error, relative_l2, result_path, select, summarize, write_json
+from common import environment, failure, import_effcompile, max_error, relative_l2, report, result_path, select, write_json
 
 OUTCOMES = ("rewritten", "left", "refused")
 
 
 def child(name: str, attention: str) -> dict[str, Any]:
     """Run one model without a compiler and with effarch, on the same inputs."""
-    effcompile, zoo = import_effcompile(), model_zoo()
+    import_effcompile()
+    zoo = model_zoo()
     try:
         model, inputs = zoo.build(name, attention=attention)
     except ValueError as error:
@@ -29,9 +30,8 @@ def child(name: str, attention: str) -> dict[str, Any]:
     compiled = torch.compile(model, backend="effarch")
     with torch.no_grad():
         expected, got = zoo.result(model(**inputs)), zoo.result(compiled(**inputs))
-    report = effcompile.last_report()
     result: dict[str, Any] = {"status": "ok", "error_rel_l2": relative_l2(got, expected), "error_max": max_error(got, expected)}
-    return {**result, "report": summarize(report)}
+    return {**result, "report": report()}
 
 
 def count(result: dict[str, Any]) -> dict[str, Any]:

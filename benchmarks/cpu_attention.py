@@ -22,9 +22,10 @@ from common import (
     interleaved_ms,
     relative_l2,
     release,
+    report,
     result_path,
     select,
-    summarize,
+    start_report,
     write_json,
 )
 from torch import Tensor
@@ -79,10 +80,11 @@ def measure(variant: str, tokens: int, dtype: str, mode: str) -> dict[str, Any]:
     lengths = torch.tensor([[tokens], [tokens * 3 // 4]])
     extra = ((torch.arange(tokens) < lengths).long(),) if variant == "padding" else ()
     release("cpu")
+    start_report()
     try:
         ours = step(torch.compile(source, backend="effarch", dynamic=False), inputs, extra, mode)
         got = ours()
-        report = summarize(import_effcompile().last_report())
+        found = report()
         theirs = step(torch.compile(source, dynamic=False), inputs, extra, mode)
         theirs()
         with FullPrecisionSoftmax():
@@ -92,7 +94,7 @@ def measure(variant: str, tokens: int, dtype: str, mode: str) -> dict[str, Any]:
     except Exception as error:  # one failing case is a result, and the others still run
         return result | failure(error)
     errors = [relative_l2(a, b) / max(relative_l2(e, b), 1e-30) for a, b, e in zip(got, exact, eager, strict=True)]
-    result |= {"status": "ok", "ms": {name: round(value, 4) for name, value in ms.items()}, "report": report}
+    result |= {"status": "ok", "ms": {name: round(value, 4) for name, value in ms.items()}, "report": found}
     return result | {"times_faster": round(ms["inductor"] / ms["effarch"], 3), "error_vs_eager": round(max(errors), 3)}
 
 

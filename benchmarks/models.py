@@ -28,9 +28,10 @@ from common import (
     peak_mb,
     relative_l2,
     release,
+    report,
     result_path,
     select,
-    summarize,
+    start_report,
     warm_up,
     write_json,
 )
@@ -107,6 +108,7 @@ class Case:
         return result
 
     def _measure(self, contender: str) -> dict[str, Any]:
+        start_report()
         compiled = CONTENDERS[contender](self.model)
         step = lambda: logits(compiled, self.tokens)  # noqa: E731
         got, first_s = first_call(step, self.device)
@@ -117,8 +119,7 @@ class Case:
         }
         del got
         if contender == "effarch":
-            report = import_effcompile().last_report()
-            result |= {"report": summarize(report), "timings": {k: round(v, 3) for k, v in report.timings.items()}}
+            result["report"] = report()
         peak = peak_mb(step, self.device)
         result |= {"ms": round(median_ms(step, self.device), 3), "peak_mb": None if peak is None else round(peak)}
         short = logits(compiled, self.short)

@@ -1,4 +1,4 @@
-"""Writes the README's tables of results, between `<!-- results:begin -->` and `<!-- results:end -->`, from benchmarks/results/*.json.
+"""Writes the README's tables of results, from benchmarks/results/*.json, between the marks results:begin and results:end.
 
     python benchmarks/tables.py           rewrite them
     python benchmarks/tables.py --check   exit 1 if the README differs from the JSON files

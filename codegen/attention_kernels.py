@@ -28,7 +28,10 @@ SCALED = tl.constexpr(True)  # the score is SCALE * s
 SLOPED = tl.constexpr(False)  # the derivative of the score varies over a tile
 TABLE = tl.constexpr(False)  # tiles come from a block table
 EXACT = tl.constexpr(False)  # the table looks at every element
-HEAD = tl.constexpr(True)  # partial tiles may come before the full ones
+HEAD = tl.constexpr(True)  # partial key tiles may come before the full ones
+KEY_HEAD = tl.constexpr(True)  # partial query tiles may come before the full ones
+BY_HEAD = tl.constexpr(False)  # a load that is read once depends on the head
+PER_HEAD = tl.constexpr(False)  # the mask depends on the head
 SINK = tl.constexpr(False)  # a logit without a value joins the softmax
 ZERO = tl.constexpr(False)  # a row without keys is zero
 MEAN = tl.constexpr(False)  # a row without keys is the mean of all values
@@ -42,7 +45,7 @@ TABLE_BY_HEAD = True
 TABLE_CHUNK = 32
 FORWARD = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
 DQ = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
-DKV = {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2}
+DKV = {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2}
 
 # ------------------------------------------------------------------------------------------------------------------------ Hooks
 
@@ -295,7 +298,7 @@ def delta_kernel(
     tl.store(Delta + at, delta, mask=i < TQ)
     if MEAN:
         if tl.max(empty.to(tl.int32)) == 1:
-            tl.store(AnyEmpty + b * H + h, 1)
+            tl.store(AnyEmpty, 1)
     if SINK:
         i_column = i[:, None]
         fixed = load_fixed(b, h, captures)
@@ -415,27 +418,43 @@ def dq_kernel(
 
 @triton.jit
 def gather_dkv(
-    dk, dv, b_k, b_v, q_base, g_base, Norm, Delta, tiles, first, last, b, h, j, TQ, TK,
-    stride_qt, stride_qd, stride_gt, stride_gd, fixed, cols, captures,
+    dk, dv, b_k, b_v, Q, GradOut, Norm, Delta, tiles, first, last, b, h_first, members, j, TQ, TK,
+    stride_qh, stride_qt, stride_qd, stride_gh, stride_gt, stride_gd, captures,
     MASKED: tl.constexpr, EMPTY: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Adds query tiles [first, last) to dK [N, D_QK] and dV [N, D_V]. EMPTY: only rows without keys, all keys with equal weight."""
-    for step in tl.range(first, last):
+    """Adds query tiles [first, last) of `members` heads to dK [N, D_QK] and dV [N, D_V], in one loop over both.
+
+    EMPTY: only rows without keys, all keys with equal weight.
+    """
+    count = last - first
+    if BY_HEAD:
+        pass
+    else:
+        h = wide(h_first)
+        fixed = load_fixed(b, h, captures)
+        cols = load_cols(b, h, tl.minimum(j, TK - 1), fixed, captures)
+    for step in tl.range(0, members * count):
+        h = wide(h_first + step // count)
+        if BY_HEAD:
+            fixed = load_fixed(b, h, captures)
+            cols = load_cols(b, h, tl.minimum(j, TK - 1), fixed, captures)
         if TABLE:
-            m = step if EMPTY else tl.load(tiles + step)
+            m = step % count if EMPTY else tl.load(tiles + step % count)
         else:
-            m = step
+            m = first + step % count
         i0 = m * BLOCK_M
         i = i0 + tl.arange(0, BLOCK_M)[None, :]  # [1, M]
-        b_q = load_tile(q_base + wide(i0) * stride_qt, TQ - i0, stride_qt, stride_qd, BLOCK_M, BLOCK_QK, D_QK, MASKED)
-        b_g = load_tile(g_base + wide(i0) * stride_gt, TQ - i0, stride_gt, stride_gd, BLOCK_M, BLOCK_V, D_V, MASKED)
+        q_base = Q + h * stride_qh + wide(i0) * stride_qt
+        g_base = GradOut + h * stride_gh + wide(i0) * stride_gt
+        b_q = load_tile(q_base, TQ - i0, stride_qt, stride_qd, BLOCK_M, BLOCK_QK, D_QK, MASKED)
+        b_g = load_tile(g_base, TQ - i0, stride_gt, stride_gd, BLOCK_M, BLOCK_V, D_V, MASKED)
         if MASKED:
-            norm = tl.load(Norm + i, mask=i < TQ, other=0.0)  # [1, M]
-            delta = tl.load(Delta + i, mask=i < TQ, other=0.0)
+            norm = tl.load(Norm + h * TQ + i, mask=i < TQ, other=0.0)  # [1, M]
+            delta = tl.load(Delta + h * TQ + i, mask=i < TQ, other=0.0)
         else:
-            norm = tl.load(Norm + i)
-            delta = tl.load(Delta + i)
+            norm = tl.load(Norm + h * TQ + i)
+            delta = tl.load(Delta + h * TQ + i)
         s = tl.dot(b_k, b_q.T, input_precision=PRECISION)  # [N, M]
         inside = j < TK
         rows = load_rows(b, h, tl.minimum(i, TQ - 1), fixed, captures)
@@ -454,6 +473,60 @@ def gather_dkv(
         if SLOPED:
             ds = ds * slope
         dk = tl.dot(ds.to(b_q.dtype), b_q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit
+def gather_heads(
+    dk, dv, b_k, b_v, Q, GradOut, Norm, Delta, AnyEmpty, n, b, h_first, members, j, TQ, TK, table,
+    stride_qh, stride_qt, stride_qd, stride_gh, stride_gt, stride_gd, captures,
+    D_QK: tl.constexpr, D_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Adds every query tile that key tile n meets, in heads [h_first, h_first + members), which all see the same mask."""
+    if TABLE:
+        line = table_line(b, h_first, n, table)
+        full = tl.load(line)
+        partial = tl.load(line + 1)
+        dk, dv = gather_dkv(
+            dk, dv, b_k, b_v, Q, GradOut, Norm, Delta, line + 2, 0, full, b, h_first, members, j, TQ, TK,
+            stride_qh, stride_qt, stride_qd, stride_gh, stride_gt, stride_gd, captures,
+            False, False, D_QK, D_V, BLOCK_M, BLOCK_QK, BLOCK_V,
+        )  # fmt: skip
+        dk, dv = gather_dkv(
+            dk, dv, b_k, b_v, Q, GradOut, Norm, Delta, line + 2 + tl.cdiv(TQ, BLOCK_M), 0, partial, b, h_first, members, j, TQ, TK,
+            stride_qh, stride_qt, stride_qd, stride_gh, stride_gt, stride_gd, captures,
+            True, False, D_QK, D_V, BLOCK_M, BLOCK_QK, BLOCK_V,
+        )  # fmt: skip
+    else:
+        h = wide(h_first)
+        fixed = load_fixed(b, h, captures)
+        j0 = n * BLOCK_N
+        lo, full_lo, full_hi, hi = query_range(b, h, j0, tl.minimum(j0 + BLOCK_N, TK) - 1, TQ, TK, fixed, captures)
+        first, full_first, full_last, last = tile_range(lo, full_lo, full_hi, hi, BLOCK_M)
+        if KEY_HEAD:
+            dk, dv = gather_dkv(
+                dk, dv, b_k, b_v, Q, GradOut, Norm, Delta, None, first, full_first, b, h_first, members, j, TQ, TK,
+                stride_qh, stride_qt, stride_qd, stride_gh, stride_gt, stride_gd, captures,
+                True, False, D_QK, D_V, BLOCK_M, BLOCK_QK, BLOCK_V,
+            )  # fmt: skip
+        dk, dv = gather_dkv(
+            dk, dv, b_k, b_v, Q, GradOut, Norm, Delta, None, full_first, full_last, b, h_first, members, j, TQ, TK,
+            stride_qh, stride_qt, stride_qd, stride_gh, stride_gt, stride_gd, captures,
+            False, False, D_QK, D_V, BLOCK_M, BLOCK_QK, BLOCK_V,
+        )  # fmt: skip
+        dk, dv = gather_dkv(
+            dk, dv, b_k, b_v, Q, GradOut, Norm, Delta, None, full_last, last, b, h_first, members, j, TQ, TK,
+            stride_qh, stride_qt, stride_qd, stride_gh, stride_gt, stride_gd, captures,
+            True, False, D_QK, D_V, BLOCK_M, BLOCK_QK, BLOCK_V,
+        )  # fmt: skip
+    if MEAN:
+        if tl.load(AnyEmpty) != 0:
+            dk, dv = gather_dkv(
+                dk, dv, b_k, b_v, Q, GradOut, Norm, Delta, None, 0, tl.cdiv(TQ, BLOCK_M), b, h_first, members, j, TQ, TK,
+                stride_qh, stride_qt, stride_qd, stride_gh, stride_gt, stride_gd, captures,
+                True, True, D_QK, D_V, BLOCK_M, BLOCK_QK, BLOCK_V,
+            )  # fmt: skip
     return dk, dv
 
 
@@ -477,49 +550,23 @@ def dkv_kernel(
     b_k = load_tile(k_base, TK - j0, stride_kt, stride_kd, BLOCK_N, BLOCK_QK, D_QK, True)
     b_v = load_tile(v_base, TK - j0, stride_vt, stride_vd, BLOCK_N, BLOCK_V, D_V, True)
 
+    q_base = Q + b * stride_qb
+    g_base = GradOut + b * stride_gb
+    norm = Norm + b * GROUP * H_KV * TQ
+    delta = Delta + b * GROUP * H_KV * TQ
     dk = tl.zeros([BLOCK_N, BLOCK_QK], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_V], dtype=tl.float32)
-    for member in range(0, GROUP):
-        h = h_kv * GROUP + member
-        fixed = load_fixed(b, h, captures)
-        cols = load_cols(b, h, tl.minimum(j, TK - 1), fixed, captures)
-        q_base = Q + b * stride_qb + h * stride_qh
-        g_base = GradOut + b * stride_gb + h * stride_gh
-        norm = Norm + (b * GROUP * H_KV + h) * TQ
-        delta = Delta + (b * GROUP * H_KV + h) * TQ
-        if TABLE:
-            line = table_line(b, h, n, table)
-            full = tl.load(line)
-            partial = tl.load(line + 1)
-            dk, dv = gather_dkv(
-                dk, dv, b_k, b_v, q_base, g_base, norm, delta, line + 2, 0, full, b, h, j, TQ, TK, stride_qt, stride_qd,
-                stride_gt, stride_gd, fixed, cols, captures, False, False, D_QK, D_V, BLOCK_M, BLOCK_QK, BLOCK_V,
+    if PER_HEAD:
+        for h in range(h_kv * GROUP, (h_kv + 1) * GROUP):
+            dk, dv = gather_heads(
+                dk, dv, b_k, b_v, q_base, g_base, norm, delta, AnyEmpty, n, b, h, 1, j, TQ, TK, table,
+                stride_qh, stride_qt, stride_qd, stride_gh, stride_gt, stride_gd, captures, D_QK, D_V, BLOCK_M, BLOCK_N, BLOCK_QK, BLOCK_V,
             )  # fmt: skip
-            dk, dv = gather_dkv(
-                dk, dv, b_k, b_v, q_base, g_base, norm, delta, line + 2 + tl.cdiv(TQ, BLOCK_M), 0, partial, b, h, j, TQ, TK,
-                stride_qt, stride_qd, stride_gt, stride_gd, fixed, cols, captures, True, False, D_QK, D_V, BLOCK_M, BLOCK_QK, BLOCK_V,
-            )  # fmt: skip
-        else:
-            lo, full_lo, full_hi, hi = query_range(b, h, j0, tl.minimum(j0 + BLOCK_N, TK) - 1, TQ, TK, fixed, captures)
-            first, full_first, full_last, last = tile_range(lo, full_lo, full_hi, hi, BLOCK_M)
-            dk, dv = gather_dkv(
-                dk, dv, b_k, b_v, q_base, g_base, norm, delta, None, first, full_first, b, h, j, TQ, TK, stride_qt, stride_qd,
-                stride_gt, stride_gd, fixed, cols, captures, True, False, D_QK, D_V, BLOCK_M, BLOCK_QK, BLOCK_V,
-            )  # fmt: skip
-            dk, dv = gather_dkv(
-                dk, dv, b_k, b_v, q_base, g_base, norm, delta, None, full_first, full_last, b, h, j, TQ, TK, stride_qt, stride_qd,
-                stride_gt, stride_gd, fixed, cols, captures, False, False, D_QK, D_V, BLOCK_M, BLOCK_QK, BLOCK_V,
-            )  # fmt: skip
-            dk, dv = gather_dkv(
-                dk, dv, b_k, b_v, q_base, g_base, norm, delta, None, full_last, last, b, h, j, TQ, TK, stride_qt, stride_qd,
-                stride_gt, stride_gd, fixed, cols, captures, True, False, D_QK, D_V, BLOCK_M, BLOCK_QK, BLOCK_V,
-            )  # fmt: skip
-        if MEAN:
-            if tl.load(AnyEmpty + b * GROUP * H_KV + h) != 0:
-                dk, dv = gather_dkv(
-                    dk, dv, b_k, b_v, q_base, g_base, norm, delta, None, 0, tl.cdiv(TQ, BLOCK_M), b, h, j, TQ, TK, stride_qt, stride_qd,
-                    stride_gt, stride_gd, fixed, cols, captures, True, True, D_QK, D_V, BLOCK_M, BLOCK_QK, BLOCK_V,
-                )  # fmt: skip
+    else:
+        dk, dv = gather_heads(
+            dk, dv, b_k, b_v, q_base, g_base, norm, delta, AnyEmpty, n, b, h_kv * GROUP, GROUP, j, TQ, TK, table,
+            stride_qh, stride_qt, stride_qd, stride_gh, stride_gt, stride_gd, captures, D_QK, D_V, BLOCK_M, BLOCK_N, BLOCK_QK, BLOCK_V,
+        )  # fmt: skip
     if SLOPED:
         pass
     else:
@@ -682,7 +729,7 @@ def backward(grad_out, q, k, v, out, lse, captures, *, dq_config=None, dkv_confi
     if SINK:
         d_sink = torch.empty_like(lse)
     if MEAN:
-        any_empty = torch.zeros((batch, heads), dtype=torch.int32, device=q.device)
+        any_empty = torch.zeros(1, dtype=torch.int32, device=q.device)
     dims = {"D_QK": d_qk, "D_V": d_v, "BLOCK_QK": width_of(d_qk), "BLOCK_V": width_of(d_v)}
     delta_kernel[(batch * heads, triton.cdiv(t_q, 64))](
         out, grad_out, lse, norm, delta, d_sink, any_empty, *out.stride(), *grad_out.stride(),

@@ -19,8 +19,6 @@ from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 
-import platformdirs
-
 from ..errors import KernelError
 from ..ops.attention import AttentionSpec
 from ..terms import to_text
@@ -38,6 +36,8 @@ _LOADING = threading.Lock()
 
 def default_directory() -> Path:
     """Where kernel files live unless the caller says otherwise."""
+    import platformdirs  # only here: a machine that names a directory does without it
+
     return Path(platformdirs.user_cache_dir("effcompile")) / "kernels"
 
 
@@ -116,7 +116,7 @@ def _constants(variant: Variant, configs: Mapping[str, Mapping[str, int]]) -> st
         f"SCALE = tl.constexpr({variant.scale!r})",
         f"SLOPE = tl.constexpr({variant.constant_slope!r})",
         f"PRECISION = tl.constexpr({variant.spec.precision!r})",
-        f"RUNTIME = {['TQ', 'TK', *variant.spec.sizes]!r}",
+        f"RUNTIME = {['TQ', 'TK', 'LINES', *variant.groups['table'][1:], *variant.spec.sizes]!r}",
         f"TABLE_BY_BATCH = {variant.table_depends_on('b')}",
         f"TABLE_BY_HEAD = {variant.table_depends_on('h')}",
         f"TABLE_CHUNK = {2 if variant.exact_table else 32}",
@@ -170,9 +170,9 @@ def reference(q, k, v<CAPTURES>):
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     s = q @ k.transpose(-1, -2)
     b, h, i, j = torch.meshgrid(*(torch.arange(n, device=q.device) for n in s.shape), indexing="ij")
-    x = <SCORE>
+    score = <SCORE>
     mask = (<MASK>).expand(s.shape)
-    x = torch.where(mask, x, float("-inf"))
+    x = torch.where(mask, score, float("-inf"))
     if SINK:
         i = i[..., :1]
         b, h, j = b[..., :1], h[..., :1], j[..., :1]
@@ -185,7 +185,7 @@ def reference(q, k, v<CAPTURES>):
     if ZERO:
         p = torch.where(mask.any(-1, keepdim=True) | torch.isfinite(lse)[..., None], p, 0.0)
     if MEAN:
-        equal = torch.softmax(s - s.detach(), -1)
+        equal = torch.softmax(score - score.detach(), -1)  # gradients flow as through equal logits
         p = torch.where(torch.isneginf(lse)[..., None], equal, p)
     return p @ v, lse
 '''

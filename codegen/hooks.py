@@ -10,6 +10,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Literal
 
 import sympy
 
@@ -146,11 +147,15 @@ class Variant:
         """Whether the mask loads by pair: then only a look at every element tells."""
         return any(self.mask.has(load) for load in self.loads["pair"])
 
-    @cached_property
-    def has_head(self) -> bool:
+    def has_head(self, wanted: Literal["i", "j"]) -> bool:
         """Whether partial tiles can come before the full ones."""
-        bounds = tile_bounds(self.mask, wanted="j")
+        bounds = tile_bounds(self.mask, wanted=wanted)
         return not (bounds.lo == 0 and bounds.full_lo == 0)
+
+    @cached_property
+    def loads_by_head(self) -> bool:
+        """Whether a load that depends on the key alone, or on neither index, depends on the head."""
+        return any(load.has(integer_symbol("h")) for level in ("fixed", "cols") for load in self.loads[level])
 
     @cached_property
     def flags(self) -> dict[str, bool]:
@@ -161,7 +166,10 @@ class Variant:
             "SLOPED": self.constant_slope is None,
             "TABLE": self.needs_table,
             "EXACT": self.exact_table,
-            "HEAD": self.has_head,
+            "HEAD": self.has_head("j"),
+            "KEY_HEAD": self.has_head("i"),
+            "BY_HEAD": self.loads_by_head,
+            "PER_HEAD": self.mask.has(integer_symbol("h")),
             "SINK": self.sink is not None,
             "ZERO": self.spec.empty == "zero",
             "MEAN": self.spec.empty == "mean",

@@ -308,7 +308,7 @@ class _Recorder:
         try:
             result = self._listened(target, args, kwargs)
             if _same(result, example) or self._is_factory_call(result):
-                return True, example
+                return True, result
         except SeveralOperatorsError:
             pass
         self._several.add(target)
@@ -342,9 +342,7 @@ class _Recorder:
     def _matched(self, result: Any, example: Any) -> Any:
         """Values for a recorded result, with Dynamo's fakes in place of ours so that what aliases in Dynamo aliases here."""
         if isinstance(result, torch.Tensor):
-            created = self._call.nodes.get(id(result))
-            if created is None:
-                raise LiftError(f"Expected an operator's result but got a tensor of unknown origin from {self._call.source.name!r}.")
+            created = self._origin(result)
             if isinstance(example, torch.Tensor) and example is not result:
                 created.meta["val"] = created.meta["example_value"] = example
                 return Traced(example, created)
@@ -359,6 +357,8 @@ class _Recorder:
         if func is aten._assert_tensor_metadata.default:
             return None
         if func in (aten.item.default, aten._local_scalar_dense.default):
+            if getattr(args[0], "constant", None) is not None:
+                return func(*args)
             raise LiftError(f"Expected shapes and control flow without tensor data but got {self._call.source.name!r}, which reads a value.")
         if _is_spelling(func):
             with self._listener.resumed():
@@ -440,10 +440,7 @@ class _Recorder:
     def _argument(self, value: Any) -> Any:
         """An operator's argument as FX writes it."""
         if isinstance(value, torch.Tensor):
-            node = self._call.nodes.get(id(value))
-            if node is None:
-                raise LiftError(f"Expected tensors of the graph but got one of unknown origin in {self._call.source.name!r}.")
-            return node
+            return self._origin(value)
         if isinstance(value, SYMBOLIC):
             return self._sizes.node(value)
         if isinstance(value, (tuple, list)):
@@ -453,6 +450,28 @@ class _Recorder:
         if isinstance(value, PLAIN):
             return value
         raise LiftError(f"Expected an argument that a graph can hold but got {type(value).__name__} in {self._call.source.name!r}.")
+
+    def _origin(self, value: torch.Tensor) -> Node:
+        """The node that computes a tensor of the present call. Python's factories hand on shallow copies of what operators gave them."""
+        node = self._call.nodes.get(id(value))
+        if node is None and isinstance(value, _torch.FakeTensor):
+            key = _torch.storage_key(value)
+            node = next((n for n in reversed(self._call.emitted) if _is_shallow_copy(value, n.meta.get("val"), key)), None)
+        if node is None and not isinstance(value, _torch.FakeTensor) and value.dim() == 0:
+            node = self._scalar(value)
+        if node is None:
+            raise LiftError(f"Expected tensors of the graph but got one of unknown origin in {self._call.source.name!r}.")
+        self._know(value, node)
+        return node
+
+    def _scalar(self, value: torch.Tensor) -> Node:
+        """A number that Python's indexing made a tensor of."""
+        options = {"dtype": value.dtype, "device": value.device}
+        with _torch.without_fake_mode():
+            number = value.item()
+        created = self._graph.call_function(aten.full.default, ([], number), options)
+        self._describe(created, self._call.source, aten.full.default([], number, **options))
+        return created
 
     def _as_argument(self, argument: Any) -> Any:
         """Dynamo's argument as an argument of a node that is copied."""
@@ -575,6 +594,10 @@ def _shaped(func: _torch.OpOverload, expected: Any) -> Any:
     if not is_list and isinstance(expected, torch.Tensor):
         return expected
     raise SeveralOperatorsError
+
+
+def _is_shallow_copy(value: torch.Tensor, other: Any, key: int) -> bool:
+    return isinstance(other, torch.Tensor) and _torch.storage_key(other) == key and other.shape == value.shape
 
 
 def _same(result: Any, example: Any) -> bool:

@@ -18,6 +18,7 @@ from torch._C import DispatchKey  # type: ignore[attr-defined]
 from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import HigherOrderOperator, OpOverload, _pop_mode_from_pre_dispatch, _set_mode_pre_dispatch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import unset_fake_temporarily as without_fake_mode
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -43,6 +44,7 @@ __all__ = [
     "is_composite",
     "restored_modes",
     "storage_key",
+    "without_fake_mode",
     "write_expression",
 ]
 

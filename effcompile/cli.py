@@ -44,9 +44,9 @@ def main() -> None:
 @click.option("--hardware", metavar="NAME", help="Plan for this device instead of the one at hand (see `effarch hardware`).")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("--dump", type=click.Path(file_okay=False), metavar="DIR", help="Write graphs and kernels to this directory.")
-@click.option("--train", is_flag=True, help="Compile with gradients, in training mode.")
+@click.option("--train", is_flag=True, help="Plan with gradients, in training mode.")
 def explain(target: str, hardware: str | None, as_json: bool, dump: str | None, train: bool) -> None:
-    """Compile NAME of FILE.py and report what matched, what was refused and why, and what was chosen.
+    """Capture NAME of FILE.py and report what matched, what was refused and why, and what was chosen.
 
     NAME is a module or a function. Its inputs are NAME_inputs or example_inputs in the same file: a tuple of positional
     arguments, a dict of keyword arguments, or a function that returns either.
@@ -59,7 +59,7 @@ def explain(target: str, hardware: str | None, as_json: bool, dump: str | None, 
     if hardware is not None:
         profiles.get(hardware)
     with _mode(model, (args, kwargs), train):
-        report = effcompile.explain(model, *args, hardware=hardware, dump=dump, **kwargs)  # type: ignore[attr-defined, operator]
+        report = effcompile.explain(model, *args, hardware=hardware, dump=dump, **kwargs)
     click.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
 
 

@@ -225,7 +225,6 @@ class TileBounds:
 
 
 _ALL = TileBounds(lo=-sympy.oo, hi=sympy.oo, full_lo=-sympy.oo, full_hi=sympy.oo, remaining=False)
-_NONE = TileBounds(lo=sympy.oo, hi=-sympy.oo, full_lo=sympy.oo, full_hi=-sympy.oo, remaining=False)
 
 
 @lru_cache(maxsize=256)
@@ -256,7 +255,7 @@ class _Bounds:
         if condition == sympy.true:
             return _ALL
         if condition == sympy.false:
-            return _NONE
+            return _all_or_nothing(sympy.false, sympy.false, remaining=False)
         if isinstance(condition, And):
             return reduce(_both, [self.of(part) for part in condition.args])
         if isinstance(condition, Or):
@@ -390,8 +389,6 @@ def _both(a: TileBounds, b: TileBounds) -> TileBounds:
 
 def _either(a: TileBounds, b: TileBounds) -> TileBounds:
     """The hull; the full range is the union where both share an end. Ranges that may leave a gap ask for a table."""
-    if a == _NONE or b == _NONE:
-        return b if a == _NONE else a
     joined = a.lo == b.lo or a.hi == b.hi or a.uniform or b.uniform
     full_lo, full_hi = _joined_full(a, b)
     return TileBounds(

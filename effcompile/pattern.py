@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from ._regions import mode_regions, modes, requires_grad
 from .contraction import contraction_of
 from .expr import Interpreter
 from .ranges import Ranges
-from .trace import mode_regions, requires_grad
 from .viewmaps import VIEWS
 
 aten = torch.ops.aten
@@ -44,9 +44,16 @@ class GraphView:
         return mode_regions(self.module.graph)
 
     @cached_property
-    def needs_grad(self) -> set[Node]:
-        """The nodes whose values would require a gradient."""
-        return set(requires_grad(self.module))
+    def _requires_grad(self) -> set[Node]:
+        return requires_grad(self.module)
+
+    @cached_property
+    def _tracking(self) -> set[Node]:
+        return {node for node, state in modes(self.module.graph) if state.tracks_gradients}
+
+    def needs_gradient(self, captured: Node, anchor: Node) -> bool:
+        """Whether autograd would send a gradient from an operation at `anchor` to `captured`."""
+        return anchor in self._tracking and captured in self._requires_grad
 
     @cached_property
     def order(self) -> dict[Node, int]:

@@ -117,6 +117,9 @@ class Sigmoid(sympy.Function):
         s = Sigmoid(self.args[0])
         return s * (1 - s)
 
+    def _eval_evalf(self, prec: int) -> Term:
+        return (1 / (1 + sympy.exp(-self.args[0]))).evalf(prec)
+
 
 FUNCTIONS: dict[str, Callable[..., Term]] = {
     "where": Where,

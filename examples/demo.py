@@ -26,7 +26,6 @@ from torch import Tensor, nn
 import effcompile
 
 VOCABULARY = 2048
-M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 Model = Callable[..., Tensor]
 
 
@@ -105,7 +104,7 @@ def memory(step: Callable[[], Tensor], tokens: Tensor) -> float:
         step()
         return (torch.cuda.max_memory_allocated() - base) / 2**20
     try:
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)  # glibc: hand freed memory back, so that the record is the use
+        ctypes.CDLL(None).malloc_trim(0)  # glibc: hand freed memory back, so that its use again counts
         Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is in use
         base = _resident("VmRSS")
         step()

@@ -389,10 +389,10 @@ def _captures(terms: list[Term], parts: Parts) -> dict[str, Node]:
 def _check_gradients(captures: dict[str, Node], parts: Parts) -> None:
     """A captured tensor in the score has no gradient yet; one in the sink has."""
     for node in captures.values():
-        if node in parts.view.needs_grad and parts.logit.score.has(sympy.Symbol(node.name)):
+        if parts.view.needs_gradient(node, parts.anchor) and parts.logit.score.has(sympy.Symbol(node.name)):
             raise Stop("gradient", f"the bias {describe(node)} requires a gradient, which the kernels do not give", node)
     in_sink = [n for n in captures.values() if parts.sink is not None and parts.sink.has(sympy.Symbol(n.name))]
-    if any(node in parts.view.needs_grad for node in in_sink):
+    if any(parts.view.needs_gradient(node, parts.anchor) for node in in_sink):
         if not isinstance(parts.sink, Load) or parts.sink.indices != (H,):
             raise Stop("gradient", "the gradient of a sink is known for one learned logit a head only", parts.anchor)
 

@@ -48,9 +48,10 @@ def fresh_compiler():
 
 @pytest.fixture(autouse=True)
 def nan_filled_empty(monkeypatch: pytest.MonkeyPatch):
-    """`torch.empty`, `empty_like`, `empty_strided` and `Tensor.new_empty` yield NaN: an element which nobody wrote is seen.
+    """`torch.empty`, `empty_like` and `empty_strided` yield NaN: an element which nobody wrote is seen.
 
     Eager calls from this project, its kernels and its tests alone: traced ones, torch's own and transformers' stay as they are.
+    `Tensor.new_empty` is replaced below, for all callers.
     """
     for name in ("empty", "empty_like", "empty_strided"):
         monkeypatch.setattr(torch, name, _filled(getattr(torch, name)))
@@ -71,7 +72,7 @@ def _filled(create):
 
 
 def _new_empty(self, size, *, dtype=None, layout=None, device=None, pin_memory=None):
-    tensor = torch.empty(size, dtype=dtype or self.dtype, device=device or self.device)
+    tensor = torch.empty(size, dtype=dtype or self.dtype, layout=layout or self.layout, device=device or self.device)
     return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
 

@@ -29,7 +29,7 @@ ALLOWED = {
 # A pass may use the whole language of graphs and index expressions, and nothing that comes after it.
 FORBIDDEN = {"passes": {"codegen", "cost_model", "trace", "runtime", "doctor", *MEETING_PLACES}}
 # Interfaces private to torch change without notice: these alone touch them.
-TORCH_PRIVATE = {"effcompile/trace.py", "effcompile/_torch.py", "effcompile/backend.py"}
+TORCH_PRIVATE = {f"effcompile/{name}.py" for name in ("_torch", "_dynamo", "trace", "backend")}
 # Underscored in name, documented in fact.
 TORCH_PUBLIC = {"_check"}
 

@@ -75,7 +75,7 @@ def explained(monkeypatch):
         calls.append(SimpleNamespace(model=model, args=args, kwargs=kwargs, grad=torch.is_grad_enabled()))
         return Report()
 
-    monkeypatch.setattr(effcompile, "explain", explain, raising=False)
+    monkeypatch.setattr(effcompile, "explain", explain)
     return calls
 
 

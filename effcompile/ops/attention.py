@@ -169,7 +169,7 @@ def reference_backward(
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
         result, total = reference(*leaves, captures, sizes, parsed)
-        grads = torch.autograd.grad(result, leaves, grad)
+        grads = [torch.empty_like(x).copy_(g) for x, g in zip((q, k, v), torch.autograd.grad(result, leaves, grad), strict=True)]
     if parsed.sink is None:
         return *grads, lse.new_empty((0,))
     delta = (grad.float() * out.float()).sum(-1)
@@ -199,8 +199,9 @@ def _save(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _differentiate(ctx: Any, grad: torch.Tensor | None, _lse: Any) -> tuple[Any, ...]:
     q, k, v, out, lse, *captures = ctx.saved_tensors
+    no_sizes = None if ctx.sizes else []  # autograd takes an empty list for a list of tensors
     if grad is None:
-        return (None,) * 7
+        return None, None, None, [None] * len(captures), no_sizes, None, None
     dq, dk, dv, rows = torch.ops.effcompile.attention_backward(grad, q, k, v, out, lse, captures, ctx.sizes, ctx.spec)
     spec = AttentionSpec.from_json(ctx.spec)
     captured: list[torch.Tensor | None] = [None] * len(captures)
@@ -208,7 +209,7 @@ def _differentiate(ctx: Any, grad: torch.Tensor | None, _lse: Any) -> tuple[Any,
         position = spec.captures.index(spec.sink.split(".")[0]) if spec.sink.split(".")[0] in spec.captures else None
         if position is not None and captures[position].shape == (q.shape[1],):
             captured[position] = rows.sum(dim=(0, 2)).to(captures[position].dtype)
-    return dq, dk, dv, captured, None, None, None
+    return dq, dk, dv, captured, no_sizes, None, None
 
 
 torch.library.register_autograd("effcompile::attention", _differentiate, setup_context=_save, lib=LIBRARY)
