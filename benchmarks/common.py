@@ -265,7 +265,7 @@ def report() -> dict[str, Any]:
 
 def _inside(where: str) -> str:
     """A source location without the folders of this machine."""
-    return where.replace(f"{ROOT}{os.sep}", "")
+    return where.rpartition(f"site-packages{os.sep}")[2].replace(f"{ROOT}{os.sep}", "")
 
 
 def select(names: Sequence[str], chosen: str | None) -> list[str]:

@@ -196,5 +196,3 @@ def _nvidia_usage(cubin: bytes) -> tuple[int, int]:
 def _amd_usage(assembly: str) -> tuple[int, int]:
     registers = max(int(n) for n in re.findall(r"\.vgpr_count:\s+(\d+)", assembly))
     return registers, max(int(n) for n in re.findall(r"\.private_segment_fixed_size:\s+(\d+)", assembly))
-
-

@@ -23,6 +23,7 @@ from ..ops.attention import AttentionSpec
 from . import emit
 
 Layout = Literal["bhtd", "bthd"]
+Tile = tuple[int, int, int, int]  # queries, keys, warps, stages
 Arch = str  # "sm_90", "gfx942", or "cpu" for Triton's interpreter
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -45,12 +46,17 @@ class Launch:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Launches of the three kernels. `fast_tanh`: NVIDIA's own tanh instruction, with a relative error of 2^-11."""
+    """Launches of the three kernels.
+
+    `fast_tanh`: NVIDIA's own tanh instruction, with a relative error of 2^-11. `split_dkv`: dK and dV in two passes, each
+    with twice the registers for its sum, at the cost of one more product of Q and K.
+    """
 
     forward: Launch
     dq: Launch
     dkv: Launch
     fast_tanh: bool = False
+    split_dkv: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -132,6 +138,7 @@ def source(spec: AttentionSpec, problem: Problem, *, config: Config | None = Non
         dq=config.dq.options(),
         dkv=config.dkv.options(),
         fast_tanh=config.fast_tanh,
+        split_dkv=config.split_dkv,
     )
 
 
@@ -143,7 +150,9 @@ def _kernels(
 
 
 @lru_cache(maxsize=1024)
-def _module(spec: AttentionSpec, d_qk: int, d_v: int, dtype: torch.dtype, device: torch.device, config: Config | None) -> ModuleType:
+def _module(
+    spec: AttentionSpec, d_qk: int, d_v: int, dtype: torch.dtype, device: torch.device, config: Config | None
+) -> ModuleType:
     problem = Problem(d_qk=d_qk, d_v=d_v, dtype=dtype, arch=architecture(device))
     return emit.load_kernel(emit.write_kernel(source(spec, problem, config=config), _directory))
 
@@ -151,15 +160,19 @@ def _module(spec: AttentionSpec, d_qk: int, d_v: int, dtype: torch.dtype, device
 def _check(q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], sizes: Sequence[int], spec: AttentionSpec) -> None:
     if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         raise KernelError(f"Expected q, k and v of one dtype of {DTYPES} but got {q.dtype}, {k.dtype}, {v.dtype}. Cast them first.")
-    if q.ndim != 4 or q.shape[1] % k.shape[1] or k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+    if not (q.ndim == k.ndim == v.ndim == 4 and _fit(q.shape, k.shape, v.shape)):
         raise KernelError(
             "Expected q [B, H, TQ, D], k [B, H_KV, TK, D] and v [B, H_KV, TK, D_V] with H a multiple of H_KV but got "
             f"q={tuple(q.shape)}, k={tuple(k.shape)}, v={tuple(v.shape)}."
         )
     if len(captures) != len(spec.captures) or len(sizes) != len(spec.sizes):
         raise KernelError(
-            f"Expected captures={spec.captures!r} and sizes={spec.sizes!r} but got {len(captures)} tensors and {len(sizes)} integers."
+            f"Expected captures={spec.captures!r} and sizes={spec.sizes!r} but got {len(captures)} tensors, {len(sizes)} integers."
         )
+
+
+def _fit(q: torch.Size, k: torch.Size, v: torch.Size) -> bool:
+    return q[1] % k[1] == 0 and k[:3] == v[:3] and q[0] == k[0] and q[3] == k[3]
 
 
 # --------------------------------------------------------------------------------------------------------------- configurations
@@ -176,35 +189,41 @@ def architecture(device: torch.device) -> Arch:
     return f"sm_{properties.major}{properties.minor}"
 
 
-def _launch(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Launch:
-    return Launch(block_m=block_m, block_n=block_n, num_warps=num_warps, num_stages=num_stages)
+def _rule(forward: Tile, dq: Tile, dkv: Tile, *, split: bool = False) -> Config:
+    launches = [Launch(block_m=m, block_n=n, num_warps=w, num_stages=s) for m, n, w, s in (forward, dq, dkv)]
+    return Config(forward=launches[0], dq=launches[1], dkv=launches[2], split_dkv=split)
 
 
-# (forward, dq, dkv) by padded head dimension, 2-byte operands.
-_LARGE = {  # sm_90, sm_100: 227 KB of shared memory a block
-    64: (_launch(128, 128, 8, 3), _launch(128, 64, 8, 3), _launch(64, 128, 8, 3)),
-    128: (_launch(128, 128, 8, 2), _launch(128, 64, 8, 2), _launch(64, 128, 8, 2)),
-    256: (_launch(128, 64, 8, 2), _launch(64, 64, 8, 2), _launch(64, 64, 8, 2)),
+# By padded head dimension, for 2-byte operands. All fit the shared memory and hardly spill: tests/test_aot.py.
+_SM_90 = {  # 227 KB of shared memory a block
+    64: _rule((128, 128, 8, 3), (128, 64, 8, 3), (64, 128, 8, 3)),
+    128: _rule((128, 128, 8, 2), (128, 64, 8, 2), (32, 128, 8, 2)),
+    256: _rule((128, 64, 8, 2), (128, 32, 8, 2), (32, 128, 8, 2), split=True),
+}
+_SM_100 = {  # likewise, accumulators outside of the registers
+    64: _rule((128, 64, 4, 3), (128, 64, 4, 3), (64, 128, 8, 3)),
+    128: _rule((128, 64, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2)),
+    256: _rule((128, 64, 8, 2), (128, 32, 8, 2), (32, 128, 8, 2), split=True),
 }
 _SM_80 = {  # 163 KB
-    64: (_launch(128, 64, 4, 3), _launch(64, 64, 4, 3), _launch(64, 64, 4, 3)),
-    128: (_launch(128, 64, 8, 3), _launch(64, 64, 8, 2), _launch(64, 64, 8, 2)),
-    256: (_launch(64, 32, 4, 2), _launch(32, 32, 4, 2), _launch(32, 32, 4, 2)),
+    64: _rule((128, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
+    128: _rule((128, 32, 8, 3), (64, 64, 8, 2), (32, 64, 8, 2)),
+    256: _rule((64, 32, 8, 2), (64, 32, 8, 1), (32, 32, 8, 1), split=True),
 }
 _SMALL = {  # sm_86, sm_89, sm_120: 99 KB
-    64: (_launch(128, 64, 4, 2), _launch(64, 64, 4, 2), _launch(64, 64, 4, 2)),
-    128: (_launch(64, 64, 4, 2), _launch(64, 32, 4, 2), _launch(32, 64, 4, 2)),
-    256: (_launch(32, 32, 4, 2), _launch(32, 32, 8, 1), _launch(32, 32, 8, 1)),
+    64: _rule((128, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+    128: _rule((128, 32, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2)),
+    256: _rule((64, 32, 8, 1), (32, 32, 4, 1), (32, 32, 8, 1), split=True),
 }
 _AMD = {  # 64 KB of LDS, wavefronts of 64
-    64: (_launch(128, 64, 4, 2), _launch(64, 64, 4, 1), _launch(64, 64, 4, 1)),
-    128: (_launch(128, 64, 4, 1), _launch(64, 32, 4, 1), _launch(32, 64, 4, 1)),
-    256: (_launch(64, 32, 4, 1), _launch(32, 32, 4, 1), _launch(32, 32, 4, 1)),
+    64: _rule((128, 64, 4, 1), (64, 64, 4, 1), (64, 64, 4, 1)),
+    128: _rule((128, 32, 4, 1), (64, 32, 4, 1), (32, 64, 4, 1)),
+    256: _rule((64, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), split=True),
 }
 _FULL_PRECISION = {  # float32 operands
-    64: (_launch(64, 32, 4, 2), _launch(32, 32, 4, 2), _launch(32, 32, 4, 2)),
-    128: (_launch(32, 32, 4, 2), _launch(32, 32, 4, 1), _launch(32, 32, 4, 1)),
-    256: (_launch(16, 32, 4, 1), _launch(16, 16, 4, 1), _launch(16, 16, 4, 1)),
+    64: _rule((64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
+    128: _rule((32, 32, 4, 2), (32, 32, 4, 1), (32, 32, 4, 1)),
+    256: _rule((32, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
 }
 
 
@@ -216,30 +235,31 @@ def default_config(spec: AttentionSpec, problem: Problem) -> Config:
     """
     if problem.width > 256:
         raise KernelError(f"Expected head dimensions up to 256 but got d_qk={problem.d_qk!r}, d_v={problem.d_v!r}.")
-    launches = _rules(problem)[max(64, problem.width)]
-    fast_tanh = problem.arch.startswith("sm_") and problem.dtype != torch.float32
-    return Config(forward=launches[0], dq=launches[1], dkv=launches[2], fast_tanh=fast_tanh and "tanh" in spec.score)
+    fast_tanh = "tanh" in spec.score and problem.arch.startswith("sm_") and problem.dtype != torch.float32
+    return replace(_rules(problem)[max(64, problem.width)], fast_tanh=fast_tanh)
 
 
-def _rules(problem: Problem) -> dict[int, tuple[Launch, Launch, Launch]]:
+def _rules(problem: Problem) -> dict[int, Config]:
     if problem.dtype == torch.float32 or problem.arch == "cpu":
         return _FULL_PRECISION
     if problem.arch.startswith("gfx"):
         return _AMD
-    if problem.arch in ("sm_90", "sm_100", "sm_103"):
-        return _LARGE
+    if problem.arch in ("sm_100", "sm_103"):
+        return _SM_100
+    if problem.arch == "sm_90":
+        return _SM_90
     return _SM_80 if problem.arch == "sm_80" else _SMALL
 
 
 def candidates(spec: AttentionSpec, problem: Problem) -> tuple[Config, ...]:
     """The default configuration first, then others worth timing, kernel by kernel around it."""
     base = default_config(spec, problem)
-    found = [base]
+    found = [base, replace(base, split_dkv=not base.split_dkv)]
     for name in ("forward", "dq", "dkv"):
         launch: Launch = getattr(base, name)
         for other in _neighbours(launch):
-            found.append(replace(base, **{name: other}))
-    return tuple(found)
+            found.append(replace(base, **{name: other}))  # type: ignore[arg-type]
+    return tuple(dict.fromkeys(found))
 
 
 def _neighbours(launch: Launch) -> list[Launch]:

@@ -37,7 +37,8 @@ ZERO = tl.constexpr(False)  # a row without keys is zero
 MEAN = tl.constexpr(False)  # a row without keys is the mean of all values
 
 SCALE = tl.constexpr(1.0)  # of SCALED, in the unit of the score
-SLOPE = tl.constexpr(1.0)  # of not SLOPED: the derivative of the score, natural units
+SLOPE = tl.constexpr(1.0)  # the derivative of the score, natural units, where it is constant
+SLOPE_LEFT = tl.constexpr(1.0)  # the part of the derivative that is left to multiply with at the end
 PRECISION = tl.constexpr("ieee")
 RUNTIME = ["TQ", "TK"]
 TABLE_BY_BATCH = True
@@ -45,6 +46,7 @@ TABLE_BY_HEAD = True
 TABLE_CHUNK = 32
 FORWARD = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
 DQ = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+DKV_PASSES = ((True, True),)  # (with K, with V): both at once, or one after the other where registers are short
 DKV = {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2}
 
 # ------------------------------------------------------------------------------------------------------------------------ Hooks
@@ -59,7 +61,7 @@ def score(s, b, h, i, j, inside, fixed, rows, cols, captures):
 @triton.jit
 def score_and_slope(s, b, h, i, j, inside, fixed, rows, cols, captures):
     """The logit of one pair, and its derivative by s in natural units."""
-    return s * SCALE, SLOPE
+    return s * SCALE, 1.0
 
 
 @triton.jit
@@ -408,24 +410,20 @@ def dq_kernel(
                 dq, b_q, b_g, norm, delta, k_base, v_base, None, 0, tl.cdiv(TK, BLOCK_N), b, h, i, TQ, TK, stride_kt, stride_kd,
                 stride_vt, stride_vd, fixed, rows, captures, True, True, D_QK, D_V, BLOCK_N, BLOCK_QK, BLOCK_V,
             )  # fmt: skip
-    if SLOPED:
-        pass
-    else:
-        dq = dq * SLOPE
     d_base = GradQ + b * stride_db + h * stride_dh + wide(i0) * stride_dt
-    store_tile(d_base, dq, TQ - i0, stride_dt, stride_dd, BLOCK_M, BLOCK_QK, D_QK)
+    store_tile(d_base, dq * SLOPE_LEFT, TQ - i0, stride_dt, stride_dd, BLOCK_M, BLOCK_QK, D_QK)
 
 
 @triton.jit
 def gather_dkv(
     dk, dv, b_k, b_v, Q, GradOut, Norm, Delta, tiles, first, last, b, h_first, members, j, TQ, TK,
     stride_qh, stride_qt, stride_qd, stride_gh, stride_gt, stride_gd, captures,
-    MASKED: tl.constexpr, EMPTY: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr,
+    MASKED: tl.constexpr, EMPTY: tl.constexpr, WITH_K: tl.constexpr, WITH_V: tl.constexpr,
+    D_QK: tl.constexpr, D_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Adds query tiles [first, last) of `members` heads to dK [N, D_QK] and dV [N, D_V], in one loop over both.
 
-    EMPTY: only rows without keys, all keys with equal weight.
+    EMPTY: only rows without keys, all keys with equal weight. WITH_K, WITH_V: which of the two is wanted.
     """
     count = last - first
     if BY_HEAD:
@@ -467,12 +465,14 @@ def gather_dkv(
             p = weight(x - norm)
             if MASKED:
                 p = tl.where(visible(b, h, i, j, inside, fixed, rows, cols, captures) & inside, p, 0.0)
-        dv = tl.dot(p.to(b_g.dtype), b_g, dv, input_precision=PRECISION)
-        dp = tl.dot(b_v, b_g.T, input_precision=PRECISION)
-        ds = p * (dp - delta)
-        if SLOPED:
-            ds = ds * slope
-        dk = tl.dot(ds.to(b_q.dtype), b_q, dk, input_precision=PRECISION)
+        if WITH_V:
+            dv = tl.dot(p.to(b_g.dtype), b_g, dv, input_precision=PRECISION)
+        if WITH_K:
+            dp = tl.dot(b_v, b_g.T, input_precision=PRECISION)
+            ds = p * (dp - delta)
+            if SLOPED:
+                ds = ds * slope
+            dk = tl.dot(ds.to(b_q.dtype), b_q, dk, input_precision=PRECISION)
     return dk, dv
 
 
@@ -480,8 +480,8 @@ def gather_dkv(
 def gather_heads(
     dk, dv, b_k, b_v, Q, GradOut, Norm, Delta, AnyEmpty, n, b, h_first, members, j, TQ, TK, table,
     stride_qh, stride_qt, stride_qd, stride_gh, stride_gt, stride_gd, captures,
-    D_QK: tl.constexpr, D_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr,
+    WITH_K: tl.constexpr, WITH_V: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Adds every query tile that key tile n meets, in heads [h_first, h_first + members), which all see the same mask."""
     if TABLE:
@@ -491,12 +491,12 @@ def gather_heads(
         dk, dv = gather_dkv(
             dk, dv, b_k, b_v, Q, GradOut, Norm, Delta, line + 2, 0, full, b, h_first, members, j, TQ, TK,
             stride_qh, stride_qt, stride_qd, stride_gh, stride_gt, stride_gd, captures,
-            False, False, D_QK, D_V, BLOCK_M, BLOCK_QK, BLOCK_V,
+            False, False, WITH_K, WITH_V, D_QK, D_V, BLOCK_M, BLOCK_QK, BLOCK_V,
         )  # fmt: skip
         dk, dv = gather_dkv(
             dk, dv, b_k, b_v, Q, GradOut, Norm, Delta, line + 2 + tl.cdiv(TQ, BLOCK_M), 0, partial, b, h_first, members, j, TQ, TK,
             stride_qh, stride_qt, stride_qd, stride_gh, stride_gt, stride_gd, captures,
-            True, False, D_QK, D_V, BLOCK_M, BLOCK_QK, BLOCK_V,
+            True, False, WITH_K, WITH_V, D_QK, D_V, BLOCK_M, BLOCK_QK, BLOCK_V,
         )  # fmt: skip
     else:
         h = wide(h_first)
@@ -508,24 +508,24 @@ def gather_heads(
             dk, dv = gather_dkv(
                 dk, dv, b_k, b_v, Q, GradOut, Norm, Delta, None, first, full_first, b, h_first, members, j, TQ, TK,
                 stride_qh, stride_qt, stride_qd, stride_gh, stride_gt, stride_gd, captures,
-                True, False, D_QK, D_V, BLOCK_M, BLOCK_QK, BLOCK_V,
+                True, False, WITH_K, WITH_V, D_QK, D_V, BLOCK_M, BLOCK_QK, BLOCK_V,
             )  # fmt: skip
         dk, dv = gather_dkv(
             dk, dv, b_k, b_v, Q, GradOut, Norm, Delta, None, full_first, full_last, b, h_first, members, j, TQ, TK,
             stride_qh, stride_qt, stride_qd, stride_gh, stride_gt, stride_gd, captures,
-            False, False, D_QK, D_V, BLOCK_M, BLOCK_QK, BLOCK_V,
+            False, False, WITH_K, WITH_V, D_QK, D_V, BLOCK_M, BLOCK_QK, BLOCK_V,
         )  # fmt: skip
         dk, dv = gather_dkv(
             dk, dv, b_k, b_v, Q, GradOut, Norm, Delta, None, full_last, last, b, h_first, members, j, TQ, TK,
             stride_qh, stride_qt, stride_qd, stride_gh, stride_gt, stride_gd, captures,
-            True, False, D_QK, D_V, BLOCK_M, BLOCK_QK, BLOCK_V,
+            True, False, WITH_K, WITH_V, D_QK, D_V, BLOCK_M, BLOCK_QK, BLOCK_V,
         )  # fmt: skip
     if MEAN:
         if tl.load(AnyEmpty) != 0:
             dk, dv = gather_dkv(
                 dk, dv, b_k, b_v, Q, GradOut, Norm, Delta, None, 0, tl.cdiv(TQ, BLOCK_M), b, h_first, members, j, TQ, TK,
                 stride_qh, stride_qt, stride_qd, stride_gh, stride_gt, stride_gd, captures,
-                True, True, D_QK, D_V, BLOCK_M, BLOCK_QK, BLOCK_V,
+                True, True, WITH_K, WITH_V, D_QK, D_V, BLOCK_M, BLOCK_QK, BLOCK_V,
             )  # fmt: skip
     return dk, dv
 
@@ -536,8 +536,8 @@ def dkv_kernel(
     stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_kt, stride_kd,
     stride_vb, stride_vh, stride_vt, stride_vd, stride_gb, stride_gh, stride_gt, stride_gd,
     stride_db, stride_dh, stride_dt, stride_dd, stride_eb, stride_eh, stride_et, stride_ed, H_KV, GROUP, TQ, TK, captures,
-    D_QK: tl.constexpr, D_V: tl.constexpr, BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WITH_K: tl.constexpr, WITH_V: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr,
+    BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys of one key head, over all query heads of its group: dK [N, D_QK] and dV [N, D_V]."""
     n = tl.program_id(1)
@@ -560,21 +560,21 @@ def dkv_kernel(
         for h in range(h_kv * GROUP, (h_kv + 1) * GROUP):
             dk, dv = gather_heads(
                 dk, dv, b_k, b_v, q_base, g_base, norm, delta, AnyEmpty, n, b, h, 1, j, TQ, TK, table,
-                stride_qh, stride_qt, stride_qd, stride_gh, stride_gt, stride_gd, captures, D_QK, D_V, BLOCK_M, BLOCK_N, BLOCK_QK, BLOCK_V,
+                stride_qh, stride_qt, stride_qd, stride_gh, stride_gt, stride_gd, captures,
+                WITH_K, WITH_V, D_QK, D_V, BLOCK_M, BLOCK_N, BLOCK_QK, BLOCK_V,
             )  # fmt: skip
     else:
         dk, dv = gather_heads(
             dk, dv, b_k, b_v, q_base, g_base, norm, delta, AnyEmpty, n, b, h_kv * GROUP, GROUP, j, TQ, TK, table,
-            stride_qh, stride_qt, stride_qd, stride_gh, stride_gt, stride_gd, captures, D_QK, D_V, BLOCK_M, BLOCK_N, BLOCK_QK, BLOCK_V,
+            stride_qh, stride_qt, stride_qd, stride_gh, stride_gt, stride_gd, captures,
+            WITH_K, WITH_V, D_QK, D_V, BLOCK_M, BLOCK_N, BLOCK_QK, BLOCK_V,
         )  # fmt: skip
-    if SLOPED:
-        pass
-    else:
-        dk = dk * SLOPE
-    d_base = GradK + b * stride_db + h_kv * stride_dh + wide(j0) * stride_dt
-    e_base = GradV + b * stride_eb + h_kv * stride_eh + wide(j0) * stride_et
-    store_tile(d_base, dk, TK - j0, stride_dt, stride_dd, BLOCK_N, BLOCK_QK, D_QK)
-    store_tile(e_base, dv, TK - j0, stride_et, stride_ed, BLOCK_N, BLOCK_V, D_V)
+    if WITH_K:
+        d_base = GradK + b * stride_db + h_kv * stride_dh + wide(j0) * stride_dt
+        store_tile(d_base, dk * SLOPE_LEFT, TK - j0, stride_dt, stride_dd, BLOCK_N, BLOCK_QK, D_QK)
+    if WITH_V:
+        e_base = GradV + b * stride_eb + h_kv * stride_eh + wide(j0) * stride_et
+        store_tile(e_base, dv, TK - j0, stride_et, stride_ed, BLOCK_N, BLOCK_V, D_V)
 
 
 # --------------------------------------------------------------------------------------------------------------- Block table
@@ -737,11 +737,12 @@ def backward(grad_out, q, k, v, out, lse, captures, *, dq_config=None, dkv_confi
     )  # fmt: skip
     if TABLE:
         table = block_table(q, k, captures, config=dkv_config, by_key=True)
-    dkv_kernel[(batch * h_kv, triton.cdiv(t_k, dkv_config["BLOCK_N"]))](
-        q, k, v, grad_out, norm, delta, dk, dv, any_empty, table,
-        *q.stride(), *k.stride(), *v.stride(), *grad_out.stride(), *dk.stride(), *dv.stride(),
-        h_kv, group, t_q, t_k, captures, **dims, **dkv_config,
-    )  # fmt: skip
+    for with_k, with_v in DKV_PASSES:
+        dkv_kernel[(batch * h_kv, triton.cdiv(t_k, dkv_config["BLOCK_N"]))](
+            q, k, v, grad_out, norm, delta, dk, dv, any_empty, table,
+            *q.stride(), *k.stride(), *v.stride(), *grad_out.stride(), *dk.stride(), *dv.stride(),
+            h_kv, group, t_q, t_k, captures, WITH_K=with_k, WITH_V=with_v, **dims, **dkv_config,
+        )  # fmt: skip
     if TABLE:
         table = block_table(q, k, captures, config=dq_config, by_key=False)
     dq_kernel[(batch * heads, triton.cdiv(t_q, dq_config["BLOCK_M"]))](

@@ -27,7 +27,10 @@ from . import sdpa
 Lower = Callable[..., Node]
 
 _SAMPLES = 64
+_QUERY_TILE = 128
+_MAX_DEPTH = 256  # of generated kernels
 _SDPA_MAX_DEPTH = 256
+_CPU_TRAINING_KEYS = 512  # below it the fused backward on a CPU is slower than Inductor's (benchmarks/cpu_attention.py)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +86,8 @@ def _attention(match: Match, hardware: Hardware) -> list[Implementation]:
     exponentials = shape.pairs * (1 + spec.score.count("tanh"))
     fused = Work(flops=flops * density, bytes=shape.operands, transcendentals=exponentials * density)
     found = []
-    if generates_for(hardware):
-        found.append(Implementation(candidate=_generated(fused), lower=lower_generated))
+    if generates_for(hardware) and max(shape.d, shape.dv) <= _MAX_DEPTH:
+        found.append(Implementation(candidate=_generated(fused, shape, hardware), lower=lower_generated))
     found += _library(match, shape, hardware, fused)
     scores = shape.pairs * (2 * shape.bytes + 2 * shape.bytes)
     unfused = Work(flops=flops, bytes=shape.operands + scores, transcendentals=exponentials, launches=3)
@@ -92,8 +95,15 @@ def _attention(match: Match, hardware: Hardware) -> list[Implementation]:
     return [*found, Implementation(candidate=own, lower=None)]
 
 
-def _generated(work: Work) -> Candidate:
-    return Candidate(name="triton", kind="generated", work=work, compute_efficiency=0.5, memory_efficiency=0.8)
+def _generated(work: Work, shape: _Shape, hardware: Hardware) -> Candidate:
+    """Tiles of queries are computed whole, and each is one program: few queries waste arithmetic, few programs waste processors."""
+    tiles = -(-shape.tq // _QUERY_TILE)
+    padding = tiles * _QUERY_TILE / shape.tq
+    occupied = min(1.0, shape.b * shape.h * tiles / hardware.sms)
+    padded = Work(flops=work.flops * padding, bytes=work.bytes, transcendentals=work.transcendentals * padding)
+    return Candidate(
+        name="triton", kind="generated", work=padded, compute_efficiency=0.5 * occupied, memory_efficiency=0.8 * occupied
+    )  # fmt: skip
 
 
 def generates_for(hardware: Hardware) -> bool:
@@ -107,6 +117,8 @@ def _library(match: Match, shape: _Shape, hardware: Hardware, fused: Work) -> li
     if call is None or shape.d != shape.dv:
         return []
     if hardware.vendor == "cpu":
+        if shape.bytes != 4 or (match.trains and shape.tk < _CPU_TRAINING_KEYS):
+            return []
         extra = 0 if call.attn_mask is None else shape.b * shape.tq * shape.tk * shape.bytes
         work = Work(flops=fused.flops, bytes=fused.bytes + extra, transcendentals=fused.transcendentals)
         return [Implementation(candidate=_named("sdpa-flash-cpu", work, 0.6), lower=sdpa.lower)]

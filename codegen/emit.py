@@ -19,6 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 
+from ..config import cache_dir
 from ..errors import KernelError
 from ..ops.attention import AttentionSpec
 from ..terms import to_text
@@ -36,9 +37,7 @@ _LOADING = threading.Lock()
 
 def default_directory() -> Path:
     """Where kernel files live unless the caller says otherwise."""
-    import platformdirs  # only here: a machine that names a directory does without it
-
-    return Path(platformdirs.user_cache_dir("effcompile")) / "kernels"
+    return cache_dir() / "kernels"
 
 
 def attention_source(
@@ -51,31 +50,35 @@ def attention_source(
     dq: Mapping[str, int],
     dkv: Mapping[str, int],
     fast_tanh: bool = False,
+    split_dkv: bool = False,
 ) -> str:
     """The text of the kernel file. `dtype` is a torch name such as "bfloat16"; the three mappings are launch configurations.
 
     Raises:
-        KernelError: the specification loads from a tensor that it does not name.
+        KernelError: the specification loads from a tensor that is not among its captures.
         ExpressionError: an expression that Triton cannot compute.
     """
     variant = Variant(spec, wide_values=dtype != "float16")
     configs = {"FORWARD": forward, "DQ": dq, "DKV": dkv}
     text = _template("attention_kernels.py")
-    text = weave.drop(text, (*_HOOKS, *variant.flags, "SCALE", "SLOPE", "PRECISION", "RUNTIME", *configs, *_TABLE_CONSTANTS))
+    text = weave.drop(text, (*_HOOKS, *_SETTINGS, *variant.flags, *configs))
     text = weave.prune(text, variant.flags)
     text = weave.replace_calls(text, variant.loaders())  # type: ignore[arg-type]
     text = weave.expand(text, variant.groups, lambda name, call, function: _arguments(variant, name, call, function))
     text = _without_preamble(text)
+    tanh = "tanh_approx" if fast_tanh else "tanh_exact" if dtype == "float32" else "tanh"
     parts = [
-        _constants(variant, configs), _primitives(fast_tanh), _heading("The specification"), variant.hooks(), text,
-        _reference(variant), _main(variant, d_qk, d_v, dtype),
+        _constants(variant, configs, split_dkv), _primitives(tanh), _heading("The specification"), variant.hooks(), text,
+        _heading("Reference"), _reference(variant), _heading("Check"), _main(variant, d_qk, d_v, dtype),
     ]  # fmt: skip
     body = weave.tidy(weave.reachable("\n\n".join(parts), _ROOTS))
     header = _header(variant, d_qk, d_v, dtype, configs)
     return f"{header}\n\nimport torch\nimport triton\nimport triton.language as tl\n\n{body}\n\n{_ENTRY}"
 
 
-_TABLE_CONSTANTS = ("TABLE_BY_BATCH", "TABLE_BY_HEAD", "TABLE_CHUNK")
+_SETTINGS = (
+    "SCALE", "SLOPE", "SLOPE_LEFT", "PRECISION", "RUNTIME", "DKV_PASSES", "TABLE_BY_BATCH", "TABLE_BY_HEAD", "TABLE_CHUNK",
+)  # fmt: skip
 _ENTRY = 'if __name__ == "__main__":\n    main()\n'
 
 
@@ -92,7 +95,7 @@ def _without_preamble(text: str) -> str:
     return _heading("Forward") + "\n\n" + text[start:]
 
 
-def _arguments(variant: Variant, name: str, call: ast.Call, function: ast.FunctionDef) -> Sequence[str]:
+def _arguments(variant: Variant, name: str, call: ast.Call | None, function: ast.FunctionDef) -> Sequence[str]:
     """What stands for a group in an argument list: of a device function, of a kernel launch, or of a function on the host."""
     if weave.is_kernel(function):
         return variant.groups[name]
@@ -110,25 +113,25 @@ def _heading(title: str) -> str:
     return f"# {'-' * (128 - len(title))} {title}"
 
 
-def _constants(variant: Variant, configs: Mapping[str, Mapping[str, int]]) -> str:
+def _constants(variant: Variant, configs: Mapping[str, Mapping[str, int]], split_dkv: bool) -> str:
     lines = [
         "LOG2E = tl.constexpr(1.4426950408889634)",
         f"SCALE = tl.constexpr({variant.scale!r})",
-        f"SLOPE = tl.constexpr({variant.constant_slope!r})",
+        f"SLOPE_LEFT = tl.constexpr({1.0 if variant.constant_slope is None else variant.constant_slope!r})",
         f"PRECISION = tl.constexpr({variant.spec.precision!r})",
         f"RUNTIME = {['TQ', 'TK', 'LINES', *variant.groups['table'][1:], *variant.spec.sizes]!r}",
         f"TABLE_BY_BATCH = {variant.table_depends_on('b')}",
         f"TABLE_BY_HEAD = {variant.table_depends_on('h')}",
+        f"DKV_PASSES = {((True, False), (False, True)) if split_dkv else ((True, True),)!r}",
         f"TABLE_CHUNK = {2 if variant.exact_table else 32}",
     ]
     return "\n".join(lines + [f"{name} = {dict(config)!r}" for name, config in configs.items()])
 
 
-def _primitives(fast_tanh: bool) -> str:
+def _primitives(tanh: str) -> str:
     found = weave.functions(_template("primitives.py"))
-    if fast_tanh:
-        found["tanh"] = found["tanh_approx"].replace("def tanh_approx", "def tanh")
-    del found["tanh_approx"]
+    found["tanh"] = found[tanh].replace(f"def {tanh}(", "def tanh(")
+    del found["tanh_approx"], found["tanh_exact"]
     return "\n\n".join(found.values())
 
 
@@ -136,7 +139,7 @@ def _header(variant: Variant, d_qk: int, d_v: int, dtype: str, configs: Mapping[
     spec = variant.spec
     sink = "" if variant.sink is None else f"\n    sink:   {to_text(variant.sink)}"
     sizes = ", ".join((*spec.captures, *spec.sizes)) or "none"
-    tiles = "\n".join(f"    {name.lower():<8}{', '.join(f'{k}={v}' for k, v in config.items())}" for name, config in configs.items())
+    tiles = "\n".join(f"    {name.lower():<8}{', '.join(f'{k}={v}' for k, v in c.items())}" for name, c in configs.items())
     return f'''"""Attention, written by effcompile.
 
     O[b,h,i,:] = sum_j P[b,h,i,j] V[b,h//g,j,:]
@@ -161,10 +164,7 @@ def _reference(variant: Variant) -> str:
     return weave.prune(text, variant.flags)
 
 
-_REFERENCE = '''# ------------------------------------------------------------------------------------------------------------------- Reference
-
-
-def reference(q, k, v<CAPTURES>):
+_REFERENCE = '''def reference(q, k, v<CAPTURES>):
     """The same in plain torch, with the whole score matrix, in the dtype of q: `(out, lse)`."""
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
@@ -203,10 +203,7 @@ def _main(variant: Variant, d_qk: int, d_v: int, dtype: str) -> str:
     return text.replace("<MAKE>", "".join(captures)).replace("<PASSED>", passed)
 
 
-_MAIN = '''# ------------------------------------------------------------------------------------------------------------------------ Check
-
-
-def main(batch=1, heads=8, h_kv=2, t=1024, device="cuda"):
+_MAIN = '''def main(batch=1, heads=8, h_kv=2, t=1024, device="cuda"):
     """Compares forward and backward with the reference in float32, and times the kernels."""
     torch.manual_seed(0)
     q = torch.randn(batch, heads, t, <D_QK>, device=device, dtype=<DTYPE>, requires_grad=True)
@@ -249,7 +246,7 @@ def write_kernel(text: str, directory: Path | None = None, *, family: str = "att
             file.write(text)
         os.replace(temporary, path)
     except OSError as error:
-        raise KernelError(f"Expected a writable directory but got directory={str(directory)!r}: {error}. Set another one.") from error
+        raise KernelError(f"Expected a writable directory but got directory={str(directory)!r}: {error}. Set another.") from error
     return path
 
 

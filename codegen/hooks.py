@@ -38,6 +38,11 @@ class Variant:
     spec: AttentionSpec
     wide_values: bool = True
 
+    def __post_init__(self) -> None:
+        missing = sorted(self.ranks.keys() - set(self.spec.captures))
+        if missing:
+            raise KernelError(f"Expected loads from captures={self.spec.captures!r} but got tensor={missing[0]!r}. Capture it.")
+
     @cached_property
     def score(self) -> Term:
         return _read(self.spec.score)
@@ -69,22 +74,13 @@ class Variant:
     @cached_property
     def names(self) -> dict[Term, str]:
         """The variable of each load."""
-        return {
-            load: f"{load.tensor}_{level.rstrip('s')}{at}" for level in LEVELS for at, load in enumerate(self.loads[level])
-        }
+        return {load: f"{load.tensor}_{level.rstrip('s')}{at}" for level in LEVELS for at, load in enumerate(self.loads[level])}
 
     @cached_property
     def ranks(self) -> dict[str, int]:
         """Dimensions of each captured tensor."""
-        ranks = {name: 0 for name in self.spec.captures}
-        for loads in self.loads.values():
-            for load in loads:
-                if load.tensor not in ranks:
-                    raise KernelError(
-                        f"Expected loads from captures={self.spec.captures!r} but got tensor={load.tensor!r}. Name it in `captures`."
-                    )
-                ranks[load.tensor] = len(load.indices)
-        return ranks
+        ranks = dict.fromkeys(self.spec.captures, 0)
+        return ranks | {load.tensor: len(load.indices) for loads in self.loads.values() for load in loads}
 
     @cached_property
     def bool_captures(self) -> frozenset[str]:
@@ -263,7 +259,7 @@ class Variant:
         pair = ("b", "h", "i", "j", "inside", "fixed", "rows", "cols", "captures")
         parts = [
             self.function("score", ("s", *pair), to_text(self.score), [self.logit]),
-            self.function("score_and_slope", ("s", *pair), f"{to_text(self.score)}, and its derivative by s", [self.logit, self.slope_term]),
+            self.function("score_and_slope", ("s", *pair), f"{to_text(self.score)}; its derivative", [self.logit, self.slope_term]),
             self.function("visible", pair, to_text(self.mask), [self.mask]),
             self.range_function("key_range", "j"),
             self.range_function("query_range", "i"),
@@ -283,11 +279,9 @@ class Variant:
         for load in self.loads["pair"]:
             if any(term.has(load) for term in terms):
                 lines.append(f"{self.names[load]} = {self.load_call(load, names, mask='inside')}")
-        for at, part in enumerate(shared(terms)):
-            lines.append(f"e{at} = {to_triton(part, names)}")
-            names[part] = f"e{at}"
-        values = ", ".join(self.block(to_triton(term, names), term) for term in terms)
-        return self.device_function(name, parameters, doc, [*lines, f"return {values}"])
+        shared_lines, texts = self.computed(terms, names)
+        values = ", ".join(self.block(text, term) for text, term in zip(texts, terms, strict=True))
+        return self.device_function(name, parameters, doc, [*lines, *shared_lines, f"return {values}"])
 
     @staticmethod
     def block(text: str, term: Term) -> str:
@@ -299,14 +293,25 @@ class Variant:
         body = textwrap.indent("\n".join([f'"""{doc}"""', *lines]), "    ")
         return f"@triton.jit\ndef {name}({', '.join(listed)}):\n{body}\n"
 
-    def range_function(self, name: str, wanted: str) -> str:
+    def range_function(self, name: str, wanted: Literal["i", "j"]) -> str:
         size = integer_symbol("TK" if wanted == "j" else "TQ")
-        bounds = tile_bounds(self.mask, wanted="j" if wanted == "j" else "i", size=size)
-        values = ", ".join(to_triton(end, self.names) for end in (bounds.lo, bounds.full_lo, bounds.full_hi, bounds.hi))
-        ends = ("i0", "i1") if wanted == "j" else ("j0", "j1")
+        bounds = tile_bounds(self.mask, wanted=wanted, size=size)
+        full = (bounds.hi, bounds.hi) if self.needs_table else (bounds.full_lo, bounds.full_hi)  # a table finds them itself
+        ends, ranges = (bounds.lo, *full, bounds.hi), ("i0", "i1") if wanted == "j" else ("j0", "j1")
+        lines, values = self.computed(ends, dict(self.names))
         whom = ("keys", "queries") if wanted == "j" else ("queries", "keys")
-        doc = f"lo, full_lo, full_hi, hi: the {whom[0]} that {whom[1]} [{ends[0]}, {ends[1]}] may meet, and those that they all meet."
-        return self.device_function(name, ("b", "h", *ends, "TQ", "TK", "fixed", "captures"), doc, [f"return {values}"])
+        doc = f"lo, full_lo, full_hi, hi: {whom[0]} that {whom[1]} [{ranges[0]}, {ranges[1]}] may meet, and that they all meet."
+        parameters = ("b", "h", *ranges, "TQ", "TK", "fixed", "captures")
+        return self.device_function(name, parameters, doc, [*lines, f"return {', '.join(values)}"])
+
+    @staticmethod
+    def computed(terms: Sequence[Term], names: dict[Term, str]) -> tuple[list[str], list[str]]:
+        """Assignments of what several terms share, and the terms by means of them."""
+        lines = []
+        for at, part in enumerate(shared(terms)):
+            lines.append(f"e{at} = {to_triton(part, names)}")
+            names[part] = f"e{at}"
+        return lines, [to_triton(term, names) for term in terms]
 
     def classify(self) -> str:
         ranges: dict[Term, tuple[Term, Term]] = {I: (I0, I1), J: (J0, J1)}
@@ -316,7 +321,7 @@ class Variant:
                 ends = [sympy.Symbol(f"{self.names[load]}_{end}", integer=load.is_integer, real=True) for end in ("lo", "hi")]
                 ranges[load] = (ends[0], ends[1])
         certain, possible = verdict(self.mask, ranges)
-        texts = [to_triton(term, names) if term not in (sympy.true, sympy.false) else _constant(term) for term in (possible, certain)]
+        texts = [_constant(c) if c in (sympy.true, sympy.false) else to_triton(c, names) for c in (possible, certain)]
         doc = "Whether a tile of [i0, i1] x [j0, j1] may hold a visible pair, and whether it certainly holds nothing else."
         parameters = ("b", "h", "i0", "i1", "j0", "j1", "fixed", "row_ends", "col_ends", "captures")
         return self.device_function("classify", parameters, doc, [f"return {texts[0]}, {texts[1]}"])

@@ -1,9 +1,9 @@
 """Surgery on source text, guided by its syntax tree: comments and layout outside of the cuts stay as they are.
 
-    prune(source, flags)     `if FLAG:` and `x if FLAG else y` decided
-    expand(source, groups)   one name in an argument or parameter list becomes any number of them
-    replace_calls(...)       `name = loader(...)` becomes other statements
-    reachable(source, roots) functions that nothing needs are dropped
+prune(source, flags)     `if FLAG:` and `x if FLAG else y` decided
+expand(source, groups)   one name in an argument or parameter list becomes any number of them
+replace_calls(...)       `name = loader(...)` becomes other statements
+reachable(source, roots) functions that nothing needs are dropped
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-
+Arguments = Callable[[str, ast.Call | None, ast.FunctionDef], Sequence[str]]  # group, the call it is in, the function around
 _NOTHING = "\0"  # stands in a list for no element, until its comma is gone too
 
 
@@ -100,14 +100,14 @@ def _block(source: Source, statements: Sequence[ast.stmt], indent: int) -> str:
     return textwrap.indent(textwrap.dedent(source.text[start:end]), " " * indent)
 
 
-def expand(text: str, parameters: Mapping[str, Sequence[str]], arguments: Callable[[str, ast.Call, ast.FunctionDef], Sequence[str]]) -> str:
+def expand(text: str, parameters: Mapping[str, Sequence[str]], arguments: Arguments) -> str:
     """Replaces group names in parameter lists by `parameters[name]`, in argument lists by `arguments(name, call, function)`."""
     source = Source(text)
     edits: list[Edit] = []
     for function in (node for node in source.tree.body if isinstance(node, ast.FunctionDef)):
         for parameter in function.args.args:
             if parameter.arg in parameters:
-                names = parameters[parameter.arg] if is_kernel(function) else arguments(parameter.arg, ast.Call(), function)
+                names = parameters[parameter.arg] if is_kernel(function) else arguments(parameter.arg, None, function)
                 edits.append(_listed(source, parameter, names))
         for call in (node for node in ast.walk(function) if isinstance(node, ast.Call)):
             for argument in call.args:
@@ -118,6 +118,7 @@ def expand(text: str, parameters: Mapping[str, Sequence[str]], arguments: Callab
 
 
 def is_kernel(function: ast.FunctionDef) -> bool:
+    """Whether a function runs on the device."""
     return any("jit" in ast.dump(decorator) for decorator in function.decorator_list)
 
 

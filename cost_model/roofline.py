@@ -7,7 +7,7 @@ from typing import Any
 
 import sympy
 
-from ..errors import EffcompileError
+from ..errors import EstimateError
 from ..ir import Candidate, Estimate
 from .hardware import Hardware
 
@@ -22,12 +22,12 @@ def estimate(candidate: Candidate, hardware: Hardware, dtype: Any, hints: Mappin
     `dtype` is the operands' type; `hints` gives values to the symbols of `candidate.work`, by symbol or by name.
 
     Raises:
-        EffcompileError: the work mentions a symbol that has no hint, or is negative, or an efficiency is not in (0, 1].
+        EstimateError: the work mentions a symbol that has no hint, or is negative, or an efficiency is not in (0, 1].
     """
     for name in ("compute_efficiency", "memory_efficiency"):
         share = getattr(candidate, name)
         if not 0 < share <= 1:
-            raise EffcompileError(f"Expected an efficiency in (0, 1] but got {name}={share!r} of candidate {candidate.name!r}")
+            raise EstimateError(f"Expected an efficiency in (0, 1] but got {name}={share!r} of candidate {candidate.name!r}")
     work = candidate.work
     flops, traffic, exponentials = (
         _value(what, getattr(work, what), candidate.name, hints or {}) for what in ("flops", "bytes", "transcendentals")
@@ -46,8 +46,8 @@ def _value(what: str, expression: Any, candidate: str, hints: Mapping[Any, int])
     by_name = {str(symbol): value for symbol, value in hints.items()}
     missing = sorted(s.name for s in term.free_symbols if s.name not in by_name)
     if missing:
-        raise EffcompileError(f"Expected a hint for each size but got none for {missing!r} in {what} of candidate {candidate!r}")
+        raise EstimateError(f"Expected a hint for each size but got none for {missing!r} in {what} of candidate {candidate!r}")
     value = float(term.subs({s: by_name[s.name] for s in term.free_symbols}))
     if not 0 <= value < float("inf"):
-        raise EffcompileError(f"Expected finite work >= 0 but got {what}={value!r} of candidate {candidate!r}")
+        raise EstimateError(f"Expected finite work >= 0 but got {what}={value!r} of candidate {candidate!r}")
     return value

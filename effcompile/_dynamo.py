@@ -2,10 +2,15 @@
 
 - `torch._dynamo.utils.counters`: frames begun and compiled, reasons of graph breaks.
 - `torch._inductor.compile_fx`, `torch._inductor.list_mode_options`: Inductor as a function, and what a mode means to it.
+- `torch.compile(isolate_recompiles=True)`, from 2.13 on: compiled code that does not count towards the recompile limit of others.
+- `torch.compiler.config.cache_key_tag`: a text that Inductor's caches take into their keys.
+- `torch.SymInt.node.hint`: a symbolic size's value in the example inputs.
+- `torch._logging.trace_structured`: artifacts for tlparse.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -14,6 +19,8 @@ from typing import Any
 import torch
 import torch._dynamo.utils
 import torch._inductor
+import torch._logging
+import torch.compiler.config
 from torch.fx import GraphModule
 
 
@@ -38,14 +45,37 @@ class Counters:
         return tuple(str(reason).strip().split("\n")[0] for reason in new)
 
 
+def compile_apart(model: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.compile(model, backend=backend)` that leaves what else was compiled of `model` as it is.
+
+    A model that is compiled already is compiled from its original. Before torch 2.13 each call counts towards the recompile limit.
+    """
+    original = getattr(model, "_orig_mod", None) or getattr(model, "_torchdynamo_orig_callable", None) or model
+    apart = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
+    compiled: Callable[..., Any] = torch.compile(original, backend=backend, **apart)
+    return compiled
+
+
+def hint_of(value: Any) -> Any:
+    """A symbolic number's value in the example inputs, without a guard on it; other values as they are."""
+    return value.node.hint if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) else value
+
+
 def mode_options(mode: str) -> dict[str, Any]:
     """Inductor's settings for a torch.compile mode."""
     return {} if mode == "default" else dict(torch._inductor.list_mode_options(mode))
 
 
-def inductor(module: GraphModule, example_inputs: Any, settings: Mapping[str, Any]) -> Callable[..., Any]:
-    """Compile a graph with Inductor, under settings of its own."""
+def inductor(module: GraphModule, example_inputs: Any, settings: Mapping[str, Any], tag: str = "") -> Callable[..., Any]:
+    """Compile a graph with Inductor, under settings of its own. Compiled graphs of different `tag` are cached apart."""
     from torch._inductor.compile_fx import compile_fx
 
-    compiled: Callable[..., Any] = compile_fx(module, example_inputs, config_patches=dict(settings) or None)
+    tags = torch.compiler.config.cache_key_tag + tag
+    with torch.compiler.config.patch(cache_key_tag=tags):  # type: ignore[attr-defined]
+        compiled: Callable[..., Any] = compile_fx(module, example_inputs, config_patches=dict(settings) or None)
     return compiled
+
+
+def artifact(name: str, payload: Callable[[], str]) -> None:
+    """Give tlparse a text, if it listens."""
+    torch._logging.trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=payload)

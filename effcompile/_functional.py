@@ -1,7 +1,7 @@
 """Second step of lifting: in-place operators become functional ones; what was written to an input is written back at the end.
 
-A tensor that is written to, or whose view is, belongs to a *memory*. Each write gives the memory a new value: `select(x, 0, i).copy_(y)`
-becomes `x1 = select_scatter(x, y, 0, i)`. Later reads of the memory's views are taken anew from the newest value.
+A tensor that is written to, or whose view is, belongs to a *memory*. Each write gives the memory a new value:
+`select(x, 0, i).copy_(y)` becomes `x1 = select_scatter(x, y, 0, i)`. Later reads of its views are taken anew from the newest.
 """
 
 from __future__ import annotations
@@ -24,9 +24,14 @@ aten = torch.ops.aten
 
 # In-place operators that mean the same under autocast as their functional forms.
 AUTOCAST_NEUTRAL = frozenset(
-    "abs add and bitwise_and bitwise_or bitwise_xor ceil clamp clamp_max clamp_min copy div eq exponential fill floor ge gt index_add "
-    "index_copy index_fill index_put le leaky_relu logical_and logical_not logical_or lt masked_fill masked_scatter mul ne neg relu "
-    "round scatter scatter_add scatter_reduce sigmoid sign silu sqrt sub tanh tril triu zero".split()
+    name
+    for line in (
+        "abs add ceil clamp clamp_max clamp_min div exponential floor leaky_relu mul neg relu round",
+        "sigmoid sign silu sqrt sub tanh tril triu zero",
+        "and bitwise_and bitwise_or bitwise_xor eq ge gt le logical_and logical_not logical_or lt ne",
+        "copy fill index_add index_copy index_fill index_put masked_fill masked_scatter scatter scatter_add scatter_reduce",
+    )
+    for name in line.split()
 )
 RENAMED = {"aten::normal_": "normal_functional"}
 DETACHING = (aten.detach.default, aten.alias.default)
@@ -44,8 +49,8 @@ class Memory:
 def functionalise(recording: Recording) -> Recording:
     """The recording without in-place operators, but for the final `aten.copy_` to each input that was written to.
 
-    Operators without a functional form stay in place and become barriers. Raises LiftError where functional form would change aliasing
-    or gradients.
+    Operators without a functional form stay in place and become barriers.
+    Raises LiftError where functional form would change aliasing or gradients.
     """
     if not any(_is_mutable(node) for node in recording.graph.nodes):
         return recording
@@ -53,7 +58,7 @@ def functionalise(recording: Recording) -> Recording:
 
 
 def functional_form(func: Any) -> Any:
-    """The operator that computes what `func` writes, or None. `copy_`, `fill_` and `zero_` are spelled out and count as having one."""
+    """The operator that computes what `func` writes, or None. `copy_`, `fill_` and `zero_` count as having one."""
     if func in _SPELLED:
         return func
     name = RENAMED.get(func._schema.name, func._schema.name.removeprefix("aten::").removesuffix("_"))
@@ -112,7 +117,9 @@ class _Functionaliser:
             why = f"{node.target} writes in place and has no functional form"
             self._barriers[node] = Barrier(node=node, why=why, mutates=True)
         if opaque & self._memories.keys():
-            raise LiftError("Expected all in-place operators on a tensor to be ATen's but got one that is also written to by a barrier.")
+            raise LiftError(
+                "Expected a tensor's in-place operators to be all ATen's but got one that is also written to by a barrier."
+            )
 
     def _step(self, node: Node) -> None:
         if node.op == "output":
@@ -142,7 +149,7 @@ class _Functionaliser:
     # memories -------------------------------------------------------------------------------------------------------
 
     def _member(self, node: Node, key: int) -> None:
-        """Enter a node whose storage is written to somewhere: the first is the memory's root, the others are views of one before."""
+        """Enter a node whose storage is written to somewhere: the first is the memory's root, the others its views."""
         memory = self._memories[key]
         parent = next((source for source in _sources(node) if _key(source) == key), None)
         if memory is None:
@@ -150,7 +157,8 @@ class _Functionaliser:
             self._nodes[node] = created
             self._memories[key] = Memory(root=node, current=created)
         elif node.op in ("placeholder", "get_attr"):
-            raise LiftError(f"Expected inputs that do not overlap where one is written to but got {memory.root.name!r} and {node.name!r}.")
+            both = f"{memory.root.name!r} and {node.name!r}"
+            raise LiftError(f"Expected inputs that do not overlap where one is written to but got {both}.")
         elif parent is None or node in self._barriers:
             raise LiftError(f"Expected views by ATen operators of what is written to but got {node.name!r}, a view by other means.")
         else:
@@ -174,7 +182,8 @@ class _Functionaliser:
             created = self._read(parent)
         else:
             if _key(node) in self._requiring and self._modes[node].key != self._modes[self._place].key:
-                raise LiftError(f"Expected a view and its use after a write in one grad mode but got {node.name!r} used across a switch.")
+                what = f"{node.name!r}, used across a switch"
+                raise LiftError(f"Expected a view and its use after a write in one grad mode but got {what}.")
             created = self._view_again(view, parent)
         self._taken[node] = (created, memory.version)
         return created
@@ -219,7 +228,8 @@ class _Functionaliser:
             target, view = self._parents[target]
             unseen = view is not None and view.target in DETACHING
         if unseen:
-            raise LiftError(f"Expected writes to a tensor that requires grad to be seen by autograd but got {node.name!r}, which is not.")
+            what = f"{node.name!r}, which is not"
+            raise LiftError(f"Expected writes to a tensor that requires grad to be seen by autograd but got {what}.")
 
     # values ---------------------------------------------------------------------------------------------------------
 
@@ -228,7 +238,8 @@ class _Functionaliser:
         name = node.target._schema.name.removeprefix("aten::").removesuffix("_")  # type: ignore[union-attr]
         autocast = state.autocasts or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
         if autocast and name not in AUTOCAST_NEUTRAL:
-            raise LiftError(f"Expected in-place operators without a cast of their own under autocast but got {node.target} in {node.name!r}.")
+            what = f"{node.target} in {node.name!r}"
+            raise LiftError(f"Expected in-place operators without a cast of their own under autocast but got {what}.")
         args, kwargs = self._sized(node.args), self._sized(dict(node.kwargs))
         spelled = _SPELLED.get(node.target)
         if spelled is not None:
@@ -261,7 +272,8 @@ class _Functionaliser:
         assert isinstance(several, Node)
         inverse = _INVERSES.get(several.target)
         if inverse is None:
-            raise LiftError(f"Expected writes through slices and permutations but got {view.name!r}, a write through {several.target}.")
+            what = f"{view.name!r}, a write through {several.target}"
+            raise LiftError(f"Expected writes through slices and permutations but got {what}.")
         return inverse(self, view, self._read(parent), value)
 
     def _emit(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], source: Node) -> Node:

@@ -27,19 +27,24 @@ WHOLE = {aten.reshape.default, aten.contiguous.default, aten.to.dtype, aten.to.d
 LIFTED_BODIES = ("tag_activation_checkpoint", "invoke_subgraph")
 COPIED_MODULES = ("torch._functorch.", "torch._C._functorch.", "torch.autograd.", "torch.func.")
 COPIED_METHODS = {"backward", "register_hook", "requires_grad_", "retain_grad", "register_post_accumulate_grad_hook"}
-PLAIN = (int, float, bool, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format, slice, range, type(None), type(...))
+AUGMENTED = tuple(getattr(operator, name) for name in ("setitem", "iadd", "isub", "imul", "itruediv", "imatmul", "iand", "ior"))
+NUMBERS = (int, float, bool, complex)
+PLAIN = (*NUMBERS, str, torch.dtype, torch.device, torch.layout, torch.memory_format, slice, range, type(None), type(...))
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+
+TRANSFORMS = "a region of torch.func transforms is kept as it is"
 
 LiftBody = Callable[[GraphModule], GraphModule | None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Barrier:
-    """A node that was copied, not opened. `mutates` if it may write to its arguments."""
+    """A node that was copied, not opened. `mutates` if it may write to its arguments, `run` if it is one of many in a row."""
 
     node: Node
     why: str
     mutates: bool = False
+    run: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +70,10 @@ class Opaque:
     """A value of Dynamo's graph that is no tensor and no number (a context, a body), known by its node alone."""
 
     node: Node
+
+
+class ReadsDataError(Exception):
+    """A call whose operators need the value of a tensor."""
 
 
 class SeveralOperatorsError(Exception):
@@ -110,7 +119,7 @@ class Sizes:
                 for dim, number in enumerate(numbers):
                     if isinstance(number, torch.SymInt) and _torch.expression(number) == symbol:
                         return self._input_size(op, node, dim, number)
-        raise LiftError(f"Expected every symbolic size to be an input or an input's size but got symbol={symbol!s}, which is neither.")
+        raise LiftError(f"Expected symbolic sizes to be inputs or sizes of inputs but got symbol={symbol!s}, which is neither.")
 
     def _input_size(self, op: Any, node: Node, dim: int, number: torch.SymInt) -> Node:
         created = self._graph.call_function(op, (node, dim))
@@ -159,9 +168,7 @@ class _Recorder:
         with fakes, _torch.restored_modes() as self._carry_out, self._listener:
             for node in self._gm.graph.nodes:
                 self._step(node)
-        return Recording(
-            graph=self._graph, attributes=self._attributes, barriers=tuple(self._barriers), fake_mode=self._fakes
-        )
+        return Recording(graph=self._graph, attributes=self._attributes, barriers=tuple(self._barriers), fake_mode=self._fakes)
 
     def _step(self, node: Node) -> None:
         example = node.meta.get("example_value")
@@ -216,12 +223,13 @@ class _Recorder:
         inside = self._functorch_depth > 0
         self._functorch_depth += min(nesting, 0)
         if inside:
-            return self._copy(node, example, "a region of torch.func transforms", mutates=True)
+            return self._copy(node, example, TRANSFORMS, mutates=True)
         if target in MODE_SWITCHES:
             self._carry_out(node, target, tuple(node.args))
             return self._copy(node, example)
         if _is_copied(node):
-            return self._copy(node, example, "a call into autograd itself", mutates=True)
+            why = TRANSFORMS if "functorch" in str(getattr(target, "__module__", "")) else "a call into autograd itself"
+            return self._copy(node, example, why, mutates=True)
         if target is torch.tensor:
             return self._constant(node, example)
         if target is operator.getitem and isinstance(self._values[node.args[0]], (tuple, list)):  # type: ignore[index]
@@ -242,17 +250,17 @@ class _Recorder:
 
     def _higher_order(self, node: Node, example: Any) -> Any:
         name = str(node.target)
-        bodies = [s for s in node.all_input_nodes if s.op == "get_attr" and isinstance(_attribute_of(self._gm, str(s.target)), GraphModule)]
-        mutates = "mutation" in name
         why = f"{name} is kept whole"
-        for source in bodies:
-            key = str(source.target)
-            if name in LIFTED_BODIES:
-                body = self._attributes.get(key) or self._lift_body(_attribute_of(self._gm, key))
-                if body is not None:
-                    self._attributes[key] = body
-                    why = f"{name} is kept whole, its body is lifted by itself"
-            mutates = mutates or (key not in self._attributes and _writes(_attribute_of(self._gm, key)))
+        mutates = _writes_by_name(node)
+        for key in (str(source.target) for source in node.all_input_nodes if source.op == "get_attr"):
+            body = _attribute_of(self._gm, key)
+            if not isinstance(body, GraphModule):
+                continue
+            lifted = self._attributes.get(key) or (self._lift_body(body) if name in LIFTED_BODIES else None)
+            if lifted is not None:
+                self._attributes[key] = lifted
+                why = f"{name} is kept whole, its body is lifted by itself"
+            mutates = mutates or (lifted is None and _writes(body))
         return self._copy(node, example, why, mutates=mutates)
 
     def _copy(self, node: Node, example: Any, why: str = "", mutates: bool = False) -> Any:
@@ -261,7 +269,8 @@ class _Recorder:
         created = self._graph.create_node(node.op, node.target, args, kwargs, name=node.name, type_expr=node.type)
         created.meta.update(node.meta)
         if why:
-            self._barriers.append(Barrier(node=created, why=why, mutates=mutates))
+            run = not isinstance(node.target, _torch.HigherOrderOperator)
+            self._barriers.append(Barrier(node=created, why=why, mutates=mutates, run=run))
         if example is None:
             return Opaque(created)
         created.meta["val"] = example
@@ -292,6 +301,13 @@ class _Recorder:
             raise LiftError(f"Expected a method of a tensor but got node={node.name!r}, a call of {node.target!r}.")
         self._call = _Call(node)
         args, kwargs = self._as_value(node.args), self._as_value(node.kwargs)
+        try:
+            return self._followed(node, target, args, kwargs, example)
+        except ReadsDataError:
+            self._undo()
+            return self._copy(node, example, "a call that reads a tensor's value", mutates=_writes_by_name(node))
+
+    def _followed(self, node: Node, target: Any, args: Any, kwargs: Any, example: Any) -> Any:
         result: Any = None
         single = example is not None and target not in self._several and target is not operator.getitem
         if single:
@@ -312,11 +328,14 @@ class _Recorder:
         except SeveralOperatorsError:
             pass
         self._several.add(target)
-        for created in reversed(self._call.emitted):
-            self._graph.erase_node(created)
+        self._undo()
         nodes, alive = self._call.nodes, self._call.alive
         self._call = _Call(self._call.source, nodes=nodes, alive=alive)
         return False, None
+
+    def _undo(self) -> None:
+        for created in reversed(self._call.emitted):
+            self._graph.erase_node(created)
 
     def _listened(self, target: Any, args: Any, kwargs: Any) -> Any:
         self._call.listening = True
@@ -359,7 +378,7 @@ class _Recorder:
         if func in (aten.item.default, aten._local_scalar_dense.default):
             if getattr(args[0], "constant", None) is not None:
                 return func(*args)
-            raise LiftError(f"Expected shapes and control flow without tensor data but got {self._call.source.name!r}, which reads a value.")
+            raise ReadsDataError
         if _is_spelling(func):
             with self._listener.resumed():
                 return func.decompose(*args, **kwargs)
@@ -383,7 +402,8 @@ class _Recorder:
     def _written(self, func: _torch.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What an in-place operator returns. It is not run: Dynamo's fake values must stay as they are."""
         if torch.Tag.inplace_view in func.tags or func._schema.name in ("aten::set_", "aten::resize_", "aten::resize_as_"):
-            raise LiftError(f"Expected tensors to keep their shapes but got {self._call.source.name!r}, which changes one by {func}.")
+            what = f"{self._call.source.name!r}, which changes one by {func}"
+            raise LiftError(f"Expected tensors to keep their shapes but got {what}.")
         returned = func._schema.returns
         if not returned:
             return None
@@ -444,7 +464,7 @@ class _Recorder:
         if isinstance(value, SYMBOLIC):
             return self._sizes.node(value)
         if isinstance(value, (tuple, list)):
-            return [self._argument(part) for part in value] if isinstance(value, list) else tuple(self._argument(part) for part in value)
+            return _rebuilt(value, [self._argument(part) for part in value])
         if isinstance(value, dict):
             return {key: self._argument(part) for key, part in value.items()}
         if isinstance(value, PLAIN):
@@ -452,7 +472,7 @@ class _Recorder:
         raise LiftError(f"Expected an argument that a graph can hold but got {type(value).__name__} in {self._call.source.name!r}.")
 
     def _origin(self, value: torch.Tensor) -> Node:
-        """The node that computes a tensor of the present call. Python's factories hand on shallow copies of what operators gave them."""
+        """The node that computes a tensor of the present call. Python's factories hand on shallow copies of operators' results."""
         node = self._call.nodes.get(id(value))
         if node is None and isinstance(value, _torch.FakeTensor):
             key = _torch.storage_key(value)
@@ -543,25 +563,24 @@ def _is_numbers(value: Any) -> bool:
 
 def _writes(body: GraphModule) -> bool:
     """Whether a body that Dynamo traced may write in place: by name, for it was not run."""
-    for node in body.graph.nodes:
-        name = getattr(node.target, "__name__", str(node.target))
-        if node.op in ("call_function", "call_method") and not isinstance(node.target, _torch.HigherOrderOperator):
-            in_place = name.endswith("_") and not name.endswith("__")
-            if in_place or target_is_setitem(node) or "out" in node.kwargs or node.kwargs.get("inplace"):
-                return True
-    return any(_writes(child) for child in body.children() if isinstance(child, GraphModule))
+    calls = (node for node in body.graph.nodes if node.op in ("call_function", "call_method"))
+    return any(_writes_by_name(node) for node in calls) or any(_writes(c) for c in body.children() if isinstance(c, GraphModule))
 
 
-def target_is_setitem(node: Node) -> bool:
-    """Whether the node is an item or augmented assignment of Python."""
-    return node.op == "call_function" and node.target in (operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv)
+def _writes_by_name(node: Node) -> bool:
+    """Whether a call is written as one that works in place."""
+    name = getattr(node.target, "__name__", str(node.target))
+    if isinstance(node.target, _torch.HigherOrderOperator):
+        return "mutation" in name
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or node.target in AUGMENTED or "out" in node.kwargs or bool(node.kwargs.get("inplace"))
 
 
 _SPELLINGS: dict[Any, bool] = {}
 
 
 def _is_spelling(func: _torch.OpOverload) -> bool:
-    """Whether an operator is another way to write views or copies (`chunk`, `T`, `expand_as`): its definition is recorded instead."""
+    """Whether an operator is a way to write other views (`chunk`, `T`, `expand_as`): its definition is recorded instead."""
     if func not in _SPELLINGS:
         aliases = any(argument.alias_info is not None for argument in func._schema.arguments)
         _SPELLINGS[func] = aliases and not func._schema.is_mutable and func not in WHOLE and _torch.is_composite(func)

@@ -17,7 +17,7 @@ _CUTS_GRADIENT = {aten.detach.default, aten.detach_.default, torch._C._autograd.
 
 @dataclass(frozen=True, kw_only=True)
 class Modes:
-    """The modes in which a node runs: `autocasts` and `inference` hold the arguments of the regions that are open, outermost first."""
+    """The modes in which a node runs. `autocasts` and `inference` hold the open regions' arguments, outermost first."""
 
     grad: bool
     autocasts: tuple[tuple[Node, tuple[Any, ...]], ...] = ()
@@ -67,18 +67,18 @@ def _after(node: Node, state: Modes) -> Modes:
 def mode_regions(graph: Graph, mutating: frozenset[Node] = frozenset()) -> dict[Node, int]:
     """A number for each node, equal for two nodes exactly if an operator may move from one's place to the other's.
 
-    It changes at every switch of grad mode, autocast and inference mode, and is the enclosing region's again after the region's end.
-    Two regions with the same modes have the same number. `mutating` nodes (barriers that write) part what is before from what is after.
+    It changes at every switch of grad mode, autocast and inference mode, and after a region's end is the enclosing one's again.
+    Two regions with the same modes have the same number. A node in `mutating` (a barrier that writes) parts before from after.
     """
     numbers: dict[tuple[Any, ...], int] = {}
     return {node: numbers.setdefault(state.key, len(numbers)) for node, state in modes(graph, mutating=mutating)}
 
 
 def requires_grad(graph_module: GraphModule, grad: bool | None = None) -> set[Node]:
-    """The nodes with a result through which autograd would send a gradient, when the graph runs in grad mode `grad` (the present one).
+    """The nodes with a result that requires grad when the graph runs in grad mode `grad` (by default the present one).
 
     Inputs by their example values; then forward through operators with floating-point or complex results, where grad mode is on.
-    Views keep the flag of their base even where it is off, as autograd has it. `detach` cuts. A write makes its target require grad.
+    Views keep the flag of their base even where it is off, as autograd has it. `detach` cuts. A write passes it to what is written.
     """
     requiring: set[Node] = set()
     for node, state in modes(graph_module.graph, grad):

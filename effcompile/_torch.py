@@ -3,7 +3,7 @@
 - `torch.fx.experimental.proxy_tensor.ProxyTorchDispatchMode`: the dispatcher lets only this class (and two others) listen on the
   PreDispatch key, above autocast and autograd, where `matmul` and `softmax` are still whole.
 - `torch._ops.OpOverload._can_decompose`, `.decompose`: run a composite operator's own definition.
-- `torch.amp.autocast_mode._enter_autocast` and kin, `torch._C._set_grad_enabled`: the nodes by which Dynamo writes modes into a graph.
+- `torch.amp.autocast_mode._enter_autocast` and kin, `torch._C._set_grad_enabled`: the nodes by which Dynamo switches modes.
 - `torch.utils._sympy.interp`: a symbolic size's expression as calls of `operator`.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch._C import DispatchKey  # type: ignore[attr-defined]
@@ -25,7 +25,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 from torch.utils._sympy.symbol import SymT, symbol_is_type
-from typing_extensions import Self
 
 __all__ = [
     "AUTOCAST_ENTER",
@@ -66,7 +65,7 @@ class PreDispatchListener(ProxyTorchDispatchMode):
     def __init__(self, handler: Handler) -> None:
         TorchDispatchMode.__init__(self, DispatchKey.PreDispatch)
         self._mode_key = torch._C._TorchDispatchModeKey.PROXY  # type: ignore[attr-defined]
-        self.enter_stack = []
+        self.enter_stack: list[Any] = []
         self._handler = handler
         self._python_dispatchers: list[Any] = []
 
@@ -108,7 +107,7 @@ def is_composite(func: OpOverload) -> bool:
 
 
 def storage_key(value: torch.Tensor) -> int:
-    """Equal for two fake tensors exactly if they share memory (while both live); 0 for a tensor without storage of its own, as in vmap."""
+    """Equal for two fake tensors exactly if they share memory (while both live); 0 for one without a storage, as inside vmap."""
     try:
         return value.untyped_storage()._cdata
     except NotImplementedError:

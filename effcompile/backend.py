@@ -8,14 +8,15 @@ Whatever fails on the way, the graph goes to Inductor as it came, and the report
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import logging
 import operator
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -24,18 +25,19 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from . import _dynamo, runtime, trace
+from . import __version__, _dynamo, runtime, trace
 from .codegen import choices
 from .config import Config
 from .cost_model import profiles, select
 from .cost_model.hardware import Hardware
-from .errors import ConfigError, EffcompileError, LiftError
+from .errors import ConfigError, LiftError, VerifyError
 from .explain import Frame, Report, last_report, record
-from .ir import Decision, Estimate, Match, Rejected
+from .ir import Decision, Estimate, Match, Rejected, Rule
 from .passes import RULES
 from .passes.normalize import normalize
 from .pattern import GraphView
-from .rewrite import Attempt, attempt_all, replace
+from .rewrite import Attempt, attempt_again, attempt_all, is_stale, replace, summary
+from .runtime import warn_once
 
 log = logging.getLogger(__name__)
 
@@ -43,15 +45,31 @@ runtime.register()
 
 _numbers = itertools.count()
 
+CACHE_TAG = f"effcompile-{__version__}"  # a graph that holds our operations means what this version says
+
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What the rooms made of one graph: `module` is the rewritten graph, None if the original is to be used."""
+    """What the rooms made of one graph.
+
+    Attributes:
+        module: the rewritten graph; None if the original is to be used.
+        error: why the whole graph is left alone.
+        failures: what went wrong at single sites, which are left alone.
+    """
 
     module: GraphModule | None
     frame: Frame
-    hardware: str
     error: Exception | None = None
+    failures: tuple[Exception, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settled:
+    """What became of one anchor; `decision` is None where nothing of the rule's family was begun."""
+
+    attempt: Attempt
+    decision: Decision | None
 
 
 class Pipeline:
@@ -60,33 +78,43 @@ class Pipeline:
     def __init__(self, config: Config):
         self.config = config
         self.timings: dict[str, float] = {}
-        self.decisions: list[Decision] = []
-        self.attempts: list[Attempt] = []
-        self.stages: list[tuple[str, str]] = []
+        self.settled: list[Settled] = []
+        self.stages: list[tuple[str, GraphModule]] = []
+        self.example_inputs: tuple[Any, ...] = ()
+        self.failures: list[Exception] = []
         self.barriers: tuple[tuple[str, str], ...] = ()
-        self.name = f"graph{next(_numbers)}"
+        self.profile: Hardware | None = None
+        self.name = "graph"
 
     def run(self, module: GraphModule, example_inputs: Sequence[Any]) -> Result:
         """Never raises: what went wrong stands in the result."""
-        hardware = ""
+        self.name = f"graph{next(_numbers)}"
+        self.example_inputs = tuple(example_inputs)
         try:
-            profile = self.hardware(example_inputs)
-            hardware = profile.name
+            self.profile = self.hardware(example_inputs)
             lifted = self.lift(module, example_inputs)
             self.normalize(lifted)
-            rewritten = self.rewrite(lifted, profile)
+            rewritten = self.rewrite(lifted, self.profile)
         except Exception as error:
-            why = str(error) if isinstance(error, LiftError) else f"{type(error).__name__}: {error}"
-            log.debug("%s goes to Inductor unchanged", self.name, exc_info=True)
-            return Result(module=None, frame=self.frame("fallback", why), hardware=hardware, error=error)
-        outcome = "compiled" if rewritten else "unchanged"
-        return Result(module=lifted if rewritten else None, frame=self.frame(outcome), hardware=hardware)
+            why = str(error) if isinstance(error, LiftError) else summary(error)
+            log.debug("%s is left as it came", self.name, exc_info=True)
+            return Result(module=None, frame=self.frame("fallback", why), error=error)
+        frame = self.frame("compiled" if rewritten else "unchanged")
+        return Result(module=lifted if rewritten else None, frame=frame, failures=tuple(self.failures))
 
-    def frame(self, outcome: str, why: str = "") -> Frame:
-        """The record of what was done so far."""
+    @property
+    def decisions(self) -> tuple[Decision, ...]:
+        return tuple(settled.decision for settled in self.settled if settled.decision is not None)
+
+    def frame(self, outcome: str, why: str = "", step: str = "graph") -> Frame:
+        """The record of what was done so far. In a graph that is left alone, nothing is rewritten."""
+        decisions = self.decisions
+        if outcome == "fallback":
+            decisions = tuple(d if d.outcome == "refused" else _undone(d, why, step) for d in decisions)
         return Frame(
-            name=self.name, outcome=outcome, why=why, decisions=tuple(self.decisions), attempts=tuple(self.attempts),
-            barriers=self.barriers, timings=MappingProxyType(dict(self.timings)),
+            name=self.name, outcome=outcome, why=why, hardware=self.profile.name if self.profile else "", decisions=decisions,
+            attempts=tuple(settled.attempt for settled in self.settled), barriers=self.barriers,
+            timings=MappingProxyType(dict(self.timings)),
         )  # fmt: skip
 
     @contextlib.contextmanager
@@ -101,7 +129,7 @@ class Pipeline:
     # ---------------------------------------------------------------- stages
 
     def hardware(self, example_inputs: Sequence[Any]) -> Hardware:
-        """The device to decide for: the option's, or that of the first tensor."""
+        """The device to decide for: the option's, or that of the first tensor that is not on the CPU."""
         if self.config.hardware is not None:
             return profiles.get(self.config.hardware)
         tensors = [x for x in example_inputs if isinstance(x, torch.Tensor)]
@@ -124,48 +152,85 @@ class Pipeline:
             for inner in graph_modules(module):
                 for line in normalize(inner):
                     log.debug("%s: %s", self.name, line)
-        self.keep("normalized", module)
+                inner.recompile()
+        self.keep("normalize", module)
 
     def rewrite(self, module: GraphModule, hardware: Hardware) -> bool:
         """Recognise, decide, replace; whether anything was replaced."""
         rules = [rule for rule in RULES if self.config.enabled(rule.name)]
-        count = 0
+        found: list[tuple[GraphModule, Attempt]] = []
         for inner in graph_modules(module):
-            view = GraphView(inner, strict=self.config.numerics == "strict")
             with self.timed("match"):
-                attempts = attempt_all(view, rules)
-            self.attempts += attempts
-            for attempt in attempts:
-                count += self.settle(attempt, hardware)
-            if count:
+                found += [(inner, attempt) for attempt in attempt_all(self.view(inner), rules)]
+        outcomes: dict[int, Settled] = {}
+        for rule in rules:
+            changed = set()
+            for position, (inner, attempt) in enumerate(found):
+                if attempt.rule == rule.name:
+                    outcomes[position] = self.settle(inner, attempt, rule, hardware)
+                    if _is_rewritten(outcomes[position]):
+                        changed.add(inner)
+            for inner in changed:
                 inner.graph.lint()
                 inner.recompile()
-        self.keep("rewritten", module)
-        return count > 0
+            self.keep(rule.name, module)
+        self.settled += [outcomes[position] for position in sorted(outcomes)]
+        return any(_is_rewritten(settled) for settled in outcomes.values())
 
-    def settle(self, attempt: Attempt, hardware: Hardware) -> bool:
-        """Decide about one attempt and carry the decision out; whether the graph changed."""
-        log.debug("%s", attempt)
+    def view(self, module: GraphModule) -> GraphView:
+        """What the recognisers read of a graph."""
+        return GraphView(module, strict=self.config.numerics == "strict")
+
+    def settle(self, module: GraphModule, attempt: Attempt, rule: Rule, hardware: Hardware) -> Settled:
+        """Decide about one attempt and carry the decision out."""
+        if isinstance(attempt.result, Match) and is_stale(attempt.result, module.graph):
+            with self.timed("match"):
+                attempt = attempt_again(attempt, [rule], self.view(module))
+        log.debug("%s: %s", self.name, attempt)
+        if attempt.error is not None:
+            self.failures.append(attempt.error)
         if isinstance(attempt.result, Rejected):
-            if attempt.result.step != "anchor":
-                self.decisions.append(refusal(attempt, attempt.result))
-            return False
-        with self.timed("decide"):
-            decision, lower = decide(attempt, attempt.result, hardware)
-        if lower is not None:
-            with self.timed("rewrite"):
-                try:
+            none_begun = attempt.result.step == "anchor"
+            return Settled(attempt=attempt, decision=None if none_begun else refusal(attempt, attempt.result))
+        step = "decide"
+        try:
+            with self.timed("decide"):
+                decision, lower = decide(attempt, attempt.result, hardware)
+            step = "rewrite"
+            if lower is not None:
+                with self.timed("rewrite"):
                     replace(attempt.result, lower)
-                except EffcompileError as error:
-                    rejected = Rejected(step="verify", why=str(error), node=attempt.result.output)
-                    decision, lower = refusal(attempt, rejected), None
-        self.decisions.append(decision)
-        return lower is not None
+        except VerifyError as error:
+            decision = refusal(attempt, Rejected(step="verify", why=str(error)))
+        except Exception as error:
+            self.failures.append(error)
+            log.debug("%s: %s is left as it came", self.name, attempt.anchor, exc_info=True)
+            decision = refusal(attempt, Rejected(step=step, why=f"an internal failure: {summary(error)}"))
+        log.info("%s: %s at %s %s: %s", self.name, decision.family, decision.where, decision.outcome, decision.why)
+        return Settled(attempt=attempt, decision=decision)
 
     def keep(self, stage: str, module: GraphModule) -> None:
         """Remember the graph after a stage, if it is to be dumped."""
         if self.config.dump is not None:
-            self.stages.append((stage, module.print_readable(print_output=False)))
+            self.stages.append((stage, copied(module)))
+
+
+def _is_rewritten(settled: Settled) -> bool:
+    return settled.decision is not None and settled.decision.outcome == "rewritten"
+
+
+def _undone(decision: Decision, why: str, step: str) -> Decision:
+    return dataclasses.replace(decision, outcome="refused", why=why, step=step, chosen="", estimates=())
+
+
+def copied(module: GraphModule) -> GraphModule:
+    """A copy with a graph of its own, bodies of higher-order operations too; tensors are shared."""
+    copy = GraphModule(module, deepcopy(module.graph), class_name=type(module).__name__)
+    copy.meta.update(module.meta)
+    for name, inner in module.named_modules():
+        if isinstance(inner, GraphModule) and name and "." not in name:
+            setattr(copy, name, copied(inner))
+    return copy
 
 
 def graph_modules(module: GraphModule) -> list[GraphModule]:
@@ -187,7 +252,7 @@ def _is_aten(node: Node) -> bool:
 def refusal(attempt: Attempt, rejected: Rejected) -> Decision:
     """The decision that a rejection amounts to."""
     return Decision(
-        family=attempt.family, outcome="refused", why=rejected.why, where=attempt.where or attempt.module, step=rejected.step
+        family=attempt.family, outcome="refused", why=rejected.why, where=attempt.site, step=rejected.step
     )  # fmt: skip
 
 
@@ -200,7 +265,7 @@ def decide(attempt: Attempt, match: Match, hardware: Hardware) -> tuple[Decision
     why = _why(best.name, estimates, hardware) if len(found) > 1 else f"no fused implementation on {hardware.name} expresses it"
     decision = Decision(
         family=match.family, outcome="left" if chosen.lower is None else "rewritten", why=why,
-        where=attempt.where or attempt.module, spec=match.spec.to_dict(), chosen=best.name, estimates=estimates,
+        where=attempt.site, spec=match.spec.to_dict(), chosen=best.name, estimates=estimates,
     )  # fmt: skip
     return decision, chosen.lower
 
@@ -236,71 +301,84 @@ def effarch(
         ConfigError: an unknown option or a value that an option does not take.
     """
     config = Config.resolve(mode, options)
+    settings = {**_dynamo.mode_options(config.mode), **config.inductor}
+    return compile_graph(module, example_inputs, config, lambda graph, inputs, tag: _dynamo.inductor(graph, inputs, settings, tag))
+
+
+def compile_graph(
+    module: GraphModule, example_inputs: Sequence[Any], config: Config, compiler: Callable[[GraphModule, Sequence[Any], str], Any]
+) -> Callable[..., Any]:
+    """Take a graph through the rooms, have `compiler(graph, inputs, tag)` compile what came out, and record and deliver the report.
+
+    If `compiler` fails on a rewritten graph, it gets the original.
+    """
     pipeline = Pipeline(config)
     result = pipeline.run(module, example_inputs)
-    settings = {**_dynamo.mode_options(config.mode), **config.inductor}
     frame = result.frame
-    start = time.perf_counter()
-    if result.error is not None:
-        compiled = _fall_back(module, example_inputs, config, settings, result.error, frame.why)
-    elif result.module is None:
-        compiled = _dynamo.inductor(module, example_inputs, settings)
-    else:
-        compiled, frame = _compile_rewritten(pipeline, result, module, example_inputs, settings)
-    timings = {**frame.timings, "inductor": time.perf_counter() - start}
-    frame = Frame(**{**vars(frame), "timings": MappingProxyType(timings)})
+    for failure in result.failures:
+        _failed(config, f"one site was left as it came: {summary(failure)}", failure)
+    with pipeline.timed("inductor"):
+        if result.error is not None:
+            compiled = _fall_back(module, example_inputs, config, compiler, result.error, frame.why)
+        elif result.module is None:
+            compiled = compiler(module, example_inputs, "")
+        else:
+            compiled, frame = _compile_rewritten(pipeline, result, module, example_inputs, compiler)
+    frame = dataclasses.replace(frame, timings=MappingProxyType(dict(pipeline.timings)))
+    log.info("%s: %s%s", frame.name, frame.outcome, f", {frame.why}" if frame.why else "")
     record(frame)
-    _deliver(config, pipeline, frame, result.hardware)
+    _deliver(config, pipeline, frame)
     return compiled
 
 
 def _compile_rewritten(
-    pipeline: Pipeline, result: Result, module: GraphModule, example_inputs: Sequence[Any], settings: dict[str, Any]
+    pipeline: Pipeline, result: Result, module: GraphModule, example_inputs: Sequence[Any], compiler: Any
 ) -> tuple[Callable[..., Any], Frame]:
     assert result.module is not None
     try:
-        return _dynamo.inductor(result.module, example_inputs, settings), result.frame
+        return compiler(result.module, example_inputs, CACHE_TAG), result.frame
     except Exception as error:
-        why = f"Inductor could not compile the rewritten graph: {type(error).__name__}: {error}"
-        compiled = _fall_back(module, example_inputs, pipeline.config, settings, error, why)
-        pipeline.decisions = [
-            Decision(family=d.family, outcome="refused", why=why, where=d.where, spec=d.spec, step="inductor") for d in pipeline.decisions
-        ]
-        return compiled, pipeline.frame("fallback", why)
-
-
-_warned: set[str] = set()
+        why = f"the rewritten graph could not be compiled: {summary(error)}"
+        log.debug("%s: %s", pipeline.name, why, exc_info=True)
+        compiled = _fall_back(module, example_inputs, pipeline.config, compiler, error, why)
+        return compiled, pipeline.frame("fallback", why, step="inductor")
 
 
 def _fall_back(
-    module: GraphModule, example_inputs: Sequence[Any], config: Config, settings: dict[str, Any], error: Exception, why: str
+    module: GraphModule, example_inputs: Sequence[Any], config: Config, compiler: Any, error: Exception, why: str
 ) -> Callable[..., Any]:
-    """What the option `fallback` says of a graph that we cannot handle."""
+    """What the option `fallback` says of a graph that we cannot handle. A graph that cannot be lifted is no failure of ours."""
     if config.fallback == "error":
         raise error
-    expected = isinstance(error, LiftError)
-    if not expected and why not in _warned:
-        _warned.add(why)
-        warnings.warn(f"effarch left a graph to {config.fallback} unchanged: {why}", stacklevel=2)
-    if config.fallback == "eager":
-        return module.forward
-    return _dynamo.inductor(module, example_inputs, settings)
+    if not isinstance(error, LiftError):
+        _failed(config, f"a graph was left to {config.fallback} as it came: {why}", error)
+    return module.forward if config.fallback == "eager" else compiler(module, example_inputs, "")
 
 
-def _deliver(config: Config, pipeline: Pipeline, frame: Frame, hardware: str) -> None:
+def _failed(config: Config, what: str, error: Exception) -> None:
+    """One warning a reason, or the error itself where that is asked for."""
+    if config.fallback == "error":
+        raise error
+    warn_once(f"effarch: {what}")
+
+
+def _deliver(config: Config, pipeline: Pipeline, frame: Frame) -> None:
     """Hand the report to where the options send it."""
-    if config.dump is not None:
-        from .debug import dump
+    report = Report(frames=(frame,), hardware=frame.hardware)
+    _dynamo.artifact(f"effarch_{frame.name}", lambda: json.dumps(report.to_dict(), indent=2))
+    try:
+        if config.dump is not None:
+            from .debug import dump
 
-        dump(Path(config.dump), pipeline, frame)
-    if config.report is False:
-        return
-    if config.report is True:
-        print(Report(frames=(frame,), hardware=hardware), file=sys.stderr)
-    elif callable(config.report):
-        config.report(Report(frames=(frame,), hardware=hardware))
-    else:
-        Path(str(config.report)).write_text(json.dumps(last_report().to_dict(), indent=2))
+            dump(config.dump, pipeline, frame)
+        if config.report is True:
+            print(report, file=sys.stderr)
+        elif callable(config.report):
+            config.report(report)
+        elif config.report:
+            Path(str(config.report)).write_text(json.dumps(last_report().to_dict(), indent=2), encoding="utf-8")
+    except Exception as error:
+        _failed(config, f"the report of {frame.name} could not be delivered: {summary(error)}", error)
 
 
-__all__ = ["ConfigError", "Pipeline", "effarch"]
+__all__ = ["ConfigError", "Pipeline", "compile_graph", "copied", "effarch"]

@@ -24,14 +24,14 @@ class Builder:
         self.added: list[Node] = []
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
-        """Add a call of an ATen overload or an operator, with its fake value in `meta["val"]`."""
+        """Add a call of an ATen overload or an operator, with its fake value in `meta["val"]`. Added even if that value cannot be had."""
         with self.graph.inserting_before(self.before):
             node = self.graph.call_function(target, args, kwargs)
+        self.added.append(node)
         node.meta.update({key: self.before.meta[key] for key in _COPIED_META if key in self.before.meta})
         values = map_arg((args, kwargs), lambda n: n.meta["val"])
         with self.fake_mode(), torch.no_grad():
             node.meta["val"] = target(*values[0], **values[1])
-        self.added.append(node)
         return node
 
     def fake_mode(self) -> Any:

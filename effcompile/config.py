@@ -39,12 +39,12 @@ class Config:
     """One compilation's options, complete and valid. Made by `Config.resolve`.
 
     Attributes:
-        mode: torch.compile's mode, handed on to Inductor.
+        mode: torch.compile's mode, handed on to Inductor. An option too, since torch.compile takes a mode or options but not both.
         passes: for each registered pass, whether it runs.
         hardware: name of the hardware profile to plan for; None detects the device of the graph.
         numerics: "contract" bounds the error against float64; "strict" also keeps the original's rounding points.
         fallback: what becomes of a graph on which a pass or a kernel build fails.
-        tuning_budget_s: seconds that may be spent on measuring candidates; 0 trusts the cost model.
+        tuning_budget_s: seconds that may be spent on measuring candidates. Nothing is measured yet: the cost model decides.
         report: False; True prints to standard error; a path writes JSON; a callable receives the report.
         dump: directory for the graphs before and after each pass, and the kernels; None writes nothing.
         inductor: further Inductor options, as `torch.compile(options=...)` takes them.
@@ -77,6 +77,8 @@ class Config:
         """
         options = _mapping("options", {} if options is None else options)
         names = tuple(registered_passes() if known_passes is None else known_passes)
+        if mode is not None and "mode" in options:
+            raise ConfigError(f"Expected mode once but got mode={mode!r} and options['mode']={options['mode']!r}")
         for name in options:
             if name not in _OPTIONS:
                 raise ConfigError(_unknown("option", name, _OPTIONS))
@@ -89,7 +91,7 @@ class Config:
             return default
 
         return cls(
-            mode=_one_of("mode", "default" if mode is None else mode, get_args(Mode)),
+            mode=value("mode", "default") if mode is None else _mode("mode", mode),
             passes=_passes(value("passes", {}), names),
             hardware=value("hardware", None, "EFFARCH_HARDWARE"),
             numerics=value("numerics", "contract"),
@@ -129,6 +131,11 @@ def cache_dir() -> Path:
     import platformdirs  # nothing else needs it
 
     return Path(platformdirs.user_cache_dir("effcompile", appauthor=False))
+
+
+def failing_kernels_raise() -> bool:
+    """Whether a kernel that fails while a compiled graph runs raises: EFFARCH_FALLBACK=error. The option is not known by then."""
+    return os.environ.get("EFFARCH_FALLBACK") == "error"
 
 
 def registered_passes() -> tuple[str, ...]:
@@ -179,6 +186,10 @@ def _hardware(name: str, value: Any) -> str | None:
     if value not in profiles.names():
         raise ConfigError(_unknown(name, value, profiles.names()))
     return value
+
+
+def _mode(name: str, value: Any) -> Any:
+    return _one_of(name, value, get_args(Mode))
 
 
 def _numerics(name: str, value: Any) -> Any:
@@ -240,5 +251,6 @@ _OPTIONS: Mapping[str, Callable[[str, Any], Any]] = MappingProxyType(
         "report": _report,
         "dump": _directory,
         "inductor": _mapping,
+        "mode": _mode,
     }
 )

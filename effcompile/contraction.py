@@ -26,6 +26,20 @@ _ROLES = {
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
+class Dot(sympy.Function):
+    """`Dot(node, *index)`: one element of a contraction's result."""
+
+    is_real = True
+
+    @property
+    def node_name(self) -> str:
+        return str(self.args[0])
+
+    @property
+    def index(self) -> tuple[Term, ...]:
+        return self.args[1:]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Contraction:
     """`output[out] = sum_summed left[left_letters] * right[right_letters]`, operands broadcast over missing or size-1 letters."""

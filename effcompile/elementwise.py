@@ -25,8 +25,6 @@ def as_number(term: Term) -> Term:
     """A condition as 0 or 1; numbers unchanged."""
     if not is_condition(term):
         return term
-    if isinstance(term, IsTrue) and isinstance(term.args[0], BoolLoad):
-        return term.args[0]
     return Where(term, sympy.S.One, sympy.S.Zero)
 
 
@@ -34,6 +32,8 @@ def as_condition(term: Term) -> Term:
     """A number as `number != 0`; conditions unchanged."""
     if is_condition(term):
         return term
+    if isinstance(term, BoolLoad):
+        return IsTrue(term)
     if isinstance(term, Where) and all(a.is_number for a in term.args[1:]):
         then, otherwise = (a != 0 for a in term.args[1:])
         if then != otherwise:
@@ -93,7 +93,7 @@ ARITHMETIC: dict[Any, Operation] = {
     aten.pow.Scalar: _pow,
     aten.exp.default: sympy.exp,
     aten.exp2.default: lambda x: sympy.Pow(2, x),
-    aten.log.default: sympy.log,
+    aten.log.default: lambda x: -sympy.oo if x == 0 else sympy.log(x),
     aten.sqrt.default: sympy.sqrt,
     aten.rsqrt.default: lambda x: 1 / sympy.sqrt(x),
     aten.tanh.default: sympy.tanh,
@@ -136,24 +136,16 @@ CONDITIONS: dict[Any, Operation] = {
     **{op: _logical(Not) for op in (aten.logical_not.default, aten.bitwise_not.default)},
 }
 
+BITWISE = frozenset(op for op in CONDITIONS if "logical" not in str(op))  # what they say of integers is not about truth
+DISCONTINUOUS = frozenset({*RELATIONS, *CONDITIONS, aten.floor.default, aten.ceil.default, aten.trunc.default})
+
 
 def compare(ranges: Ranges, relation: Any, a: Term, b: Term) -> Term:
     """`relation(a, b)`; of two conditions, `==` and `!=` as logic."""
     if is_condition(a) and is_condition(b) and relation in (sympy.Eq, sympy.Ne):
         different = Xor(a, b)
         return Not(different) if relation is sympy.Eq else different
-    a, b = as_number(a), as_number(b)
-    if b.is_number and isinstance(a, BoolLoad):
-        return _compare_flag(relation, a, b)
-    return ranges.compare(relation, a, b)
-
-
-def _compare_flag(relation: Any, flag: BoolLoad, value: Term) -> Term:
-    """A comparison of a 0-or-1 load with a number is the load, its negation, true or false."""
-    when_true, when_false = relation(sympy.S.One, value), relation(sympy.S.Zero, value)
-    if when_true == when_false:
-        return when_true
-    return IsTrue(flag) if when_true == sympy.true else Not(IsTrue(flag))
+    return ranges.compare(relation, as_number(a), as_number(b))
 
 
 def floor_divide(ranges: Ranges, a: Term, b: Term) -> Term:

@@ -11,6 +11,18 @@ class ConfigError(EffcompileError, ValueError):
     """An option or environment variable that does not exist, or a value it does not take."""
 
 
+class EffcompileWarning(UserWarning):
+    """Something of ours failed, and the program goes on without it."""
+
+
+class EstimateError(EffcompileError, ValueError):
+    """Candidates that cannot be compared, or work whose time cannot be predicted."""
+
+
+class CaptureError(EffcompileError):
+    """A model that is not captured as one graph where one is asked for."""
+
+
 class UnknownHardwareError(EffcompileError, ValueError):
     """A hardware name that no profile has."""
 

@@ -166,14 +166,20 @@ class Evaluator:
 
     def _load(self, term: Load) -> Any:
         source = self.captures[term.tensor]
-        indices = [self._position(i) for i in term.indices]
+        indices = [self._position(i, source, dim) for dim, i in enumerate(term.indices)]
         value = self.call(aten.index.Tensor, source, indices) if indices else source
         if isinstance(term, BoolLoad):
             return value
         return self.call(aten._to_copy.default, value, dtype=self.dtype) if type(term) is Load else value
 
-    def _position(self, index: Term) -> Any:
-        return self.tensor(index, torch.int64)
+    def _position(self, index: Term, source: Any, dim: int) -> Any:
+        """An index within the tensor: the branch of a `Where` that is not taken may ask for one outside."""
+        position = self.tensor(index, torch.int64)
+        if index.is_Integer or (isinstance(index, sympy.Symbol) and _covers(_value_of(source).shape[dim], _value_of(position).numel())):
+            return position
+        size = self.call(aten.sym_size.int, source, dim)
+        inside = self.call(aten.logical_and.default, self.call(aten.ge.Scalar, position, 0), self.call(aten.lt.Scalar, position, size))
+        return self.call(aten.mul.Tensor, position, inside)
 
     def _is_true(self, term: IsTrue) -> Any:
         value = self.evaluate(term.args[0])
@@ -197,7 +203,15 @@ class Evaluator:
         return self.call(aten.pow.Tensor_Tensor, self._floating(base), self._floating(exponent))
 
 
+def _value_of(value: Any) -> torch.Tensor:
+    tensor: torch.Tensor = value if isinstance(value, torch.Tensor) else value.meta["val"]
+    return tensor
+
+
 def _dtype_of(value: Any) -> torch.dtype:
-    tensor = value if isinstance(value, torch.Tensor) else value.meta["val"]
-    dtype: torch.dtype = tensor.dtype
-    return dtype
+    return _value_of(value).dtype
+
+
+def _covers(size: Any, count: Any) -> bool:
+    """Whether a dimension is as long as an index of so many values, which begins at 0."""
+    return str(size) == str(count)

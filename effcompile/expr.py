@@ -10,6 +10,7 @@ vanishes: an expanded, transposed, concatenated or gathered mask reads the same 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,29 +19,16 @@ import torch
 from torch.fx import Node
 
 from . import elementwise
-from .contraction import Contraction, contraction_of
+from .contraction import Contraction, Dot, contraction_of
 from .elementwise import as_condition, as_number
+from .faithful import is_exact, simple_number, stands_for
 from .ranges import Ranges
 from .terms import BoolLoad, IntLoad, IsTrue, Load, Term, Where, is_condition, number
-from .viewmaps import Index, argument_term, broadcast, shape_of, size_term, view_source, wrap
+from .viewmaps import Index, argument_term, broadcast, from_the_start, shape_of, size_term, slice_start, view_source
 
 aten = torch.ops.aten
 
 _MAX_DEPTH = 400
-
-
-class Dot(sympy.Function):
-    """`Dot(node, *index)`: one element of a contraction's result."""
-
-    is_real = True
-
-    @property
-    def node_name(self) -> str:
-        return str(self.args[0])
-
-    @property
-    def index(self) -> tuple[Term, ...]:
-        return self.args[1:]
 
 
 class Interpreter:
@@ -105,10 +93,10 @@ class Interpreter:
         elif contraction_of(node) is not None:
             self.loaded[node.name] = node
             result = Dot(sympy.Symbol(node.name), *index)
-        if result is None:
+        if result is None or not stands_for(result, node.meta["val"].dtype, self.ranges):
             return self.load(node, index)
         self.visited.add(node)
-        return result
+        return simple_number(result)
 
     def _constant(self, node: Node, index: Index) -> Term:
         value = constant_value(node)
@@ -126,6 +114,10 @@ class Interpreter:
         arguments = [self.argument(a, index) if a is not None else None for a in node.args]
         keywords = {k: self.argument(a, index) for k, a in node.kwargs.items() if k in ("alpha", "min", "max")}
         keywords = {{"min": "low", "max": "high"}.get(k, k): v for k, v in keywords.items()}
+        if node.target in elementwise.BITWISE and node.meta["val"].dtype is not torch.bool:
+            return None
+        if node.target in elementwise.DISCONTINUOUS and not all(is_exact(a) for a in arguments if a is not None):
+            return None
         return self.apply(lambda *a: self._operate(node.target, a, keywords), arguments, is_float(node))
 
     def _operate(self, target: Any, arguments: tuple[Any, ...], keywords: dict[str, Term]) -> Term:
@@ -243,7 +235,7 @@ def _cast(interpreter: Interpreter, node: Node, index: Index) -> Term | None:
     term = interpreter.element(source, index)
     before, after = source.meta["val"].dtype, node.meta["val"].dtype
     if after is torch.bool:
-        return as_condition(term)
+        return as_condition(term) if is_exact(term) else None
     if before.is_floating_point and not after.is_floating_point:
         return as_number(term) if term.is_integer else None  # rounding decides which integer: leave it to the original
     return as_number(term)
@@ -385,11 +377,22 @@ def _index(interpreter: Interpreter, node: Node, index: Index) -> Term | None:
 def _position(interpreter: Interpreter, positions: Node, index: Index, size: Term) -> Term:
     """An index read from a tensor of positions; negative ones count from the end."""
     term = interpreter.argument(positions, index)
-    if term.is_Integer:
-        return wrap(term, size)
-    if interpreter.ranges.is_nonnegative(term):
-        return term
-    return Where(term < 0, term + size, term)
+    known = from_the_start(term, size, interpreter.ranges)
+    return Where(term < 0, term + size, term) if known is None else known
+
+
+@_rule(operator.getitem)
+def _subscript(interpreter: Interpreter, node: Node, index: Index) -> Term | None:
+    """`x[p, q]` with positions that are tensors without dimensions, as a score_mod writes it."""
+    source, positions = node.args
+    positions = positions if isinstance(positions, (tuple, list)) else (positions,)
+    if not isinstance(source.meta.get("val"), torch.Tensor):
+        return None
+    if not all(isinstance(p, Node) and isinstance(p.meta.get("val"), torch.Tensor) and p.meta["val"].dim() == 0 for p in positions):
+        return None
+    shape = shape_of(source)
+    there = [_position(interpreter, p, (), size) for p, size in zip(positions, shape, strict=False)]
+    return interpreter.element(source, (*there, *index))
 
 
 @_rule(aten.gather.default)
@@ -439,23 +442,17 @@ def _cumsum(interpreter: Interpreter, node: Node, index: Index) -> Term | None:
     """The cumulative sum of a constant c is c * (k + 1); of anything else it is loaded."""
     source = node.args[0]
     dim = wrap_dim(node.args[1], len(index)) if index else 0
-    before = set(interpreter.loaded)
     term = as_number(interpreter.element(source, index))
-    if term.free_symbols & set(index[dim].free_symbols) or not term.is_number:
-        for name in set(interpreter.loaded) - before:
-            del interpreter.loaded[name]
-        return None
-    return term * (index[dim] + 1)
+    return term * (index[dim] + 1) if term.is_number else None
 
 
 @_rule(aten.slice_scatter.default)
 def _slice_scatter(interpreter: Interpreter, node: Node, index: Index) -> Term | None:
     target, source = node.args[:2]
     dim = wrap_dim(node.args[2] if len(node.args) > 2 else 0, len(index))
-    start = argument_term(node.args[3]) if len(node.args) > 3 and node.args[3] is not None else sympy.S.Zero
-    if len(node.args) > 5 and node.args[5] != 1:
+    start = slice_start(node.args[3] if len(node.args) > 3 else None, shape_of(node)[dim], interpreter.ranges)
+    if start is None or (len(node.args) > 5 and node.args[5] != 1):
         return None
-    start = wrap(start, shape_of(node)[dim])
     size = shape_of(source)[dim]
     ranges, k = interpreter.ranges, index[dim]
     inside = sympy.And(ranges.compare(sympy.Ge, k, start), ranges.compare(sympy.Lt, k, start + size))

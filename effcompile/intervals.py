@@ -16,14 +16,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, reduce
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import sympy
 from sympy.logic.boolalg import And, Not, Or
 
 from .terms import FloorDiv, IsTrue, Load, Modulo, Sigmoid, Term, Where, integer_symbol
 
-End = Term | None  # None: unbounded
+End: TypeAlias = Term | None  # None: unbounded
 Interval = tuple[End, End]
 Ranges = Mapping[Term, tuple[int | Term | None, int | Term | None]]
 Axis = Literal["i", "j"]
@@ -32,7 +32,13 @@ I, J = integer_symbol("i"), integer_symbol("j")
 I0, I1, J0, J1 = (integer_symbol(name) for name in ("i0", "i1", "j0", "j1"))
 ALWAYS = 2**30  # beyond every index: the end of a range that a condition opens or shuts
 
-_RANGE: dict[type, tuple[int, int]] = {sympy.tanh: (-1, 1), sympy.erf: (-1, 1), sympy.sin: (-1, 1), sympy.cos: (-1, 1), Sigmoid: (0, 1)}
+_RANGE: dict[type, tuple[int, int]] = {
+    sympy.tanh: (-1, 1),
+    sympy.erf: (-1, 1),
+    sympy.sin: (-1, 1),
+    sympy.cos: (-1, 1),
+    Sigmoid: (0, 1),
+}
 _GROWING = (sympy.exp, sympy.log, sympy.tanh, sympy.erf, Sigmoid, sympy.floor, sympy.ceiling)
 
 
@@ -170,7 +176,7 @@ def _is_positive(divisor: Term) -> bool:
 
 
 def verdict(condition: Term, ranges: Ranges) -> tuple[Term, Term]:
-    """`(certain, possible)`: `certain` implies that the condition holds all over the ranges, and that it holds anywhere implies `possible`."""
+    """`(certain, possible)`: if `certain`, the condition holds all over the ranges; unless `possible`, it holds nowhere in them."""
     if condition in (sympy.true, sympy.false):
         return (condition, condition)
     if isinstance(condition, (And, Or)):

@@ -15,6 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 
 Outcome = Literal["rewritten", "left", "refused"]
 CandidateKind = Literal["generated", "library", "inductor"]
+Bound = Literal["compute", "memory", "launch"]
 
 
 class Spec(Protocol):
@@ -40,7 +41,8 @@ class Match:
 
     `inputs` are the operation's tensor operands by role; `captures` the further tensors that its expressions load from, by name;
     `sizes` the symbolic integers they mention, by name. `interior` are the nodes that vanish with the rewrite;
-    `layout` the index of each of `output`'s dimensions, in the operation's own index symbols.
+    `layout` the index of each of `output`'s dimensions, in the operation's own index symbols; `trains`
+    says whether a gradient will be asked for.
     """
 
     family: str
@@ -52,6 +54,7 @@ class Match:
     sizes: Mapping[str, Node | int] = field(default_factory=lambda: MappingProxyType({}))
     interior: frozenset[Node] = frozenset()
     layout: tuple[Any, ...] = ()
+    trains: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +79,7 @@ class Rule:
     family: str
     summary: str
     anchors: frozenset[Any]
-    recognise: Callable[[Node, Any], Match | Rejected | None]
+    recognise: Callable[[Node, Any], Match | Rejected]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,10 +119,10 @@ class Estimate:
         return max(self.compute_s, self.memory_s) + self.launch_s
 
     @property
-    def bound(self) -> Literal["compute", "memory", "launch"]:
+    def bound(self) -> Bound:
         """The largest of the three terms."""
-        terms = {"compute": self.compute_s, "memory": self.memory_s, "launch": self.launch_s}
-        return max(terms, key=lambda name: terms[name])  # type: ignore[return-value]
+        terms: dict[Bound, float] = {"compute": self.compute_s, "memory": self.memory_s, "launch": self.launch_s}
+        return max(terms, key=lambda name: terms[name])
 
 
 @dataclass(frozen=True, kw_only=True)

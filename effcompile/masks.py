@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import sympy
@@ -34,12 +35,16 @@ class _Fill:
     added: bool
 
 
-def split(logit: Term, ranges: Ranges, i: sympy.Symbol, j: sympy.Symbol, keys: Term, queries: Term, *, safe: bool) -> Logit:
+def split(
+    logit: Term, ranges: Ranges, i: sympy.Symbol, j: sympy.Symbol, keys: Term, queries: Term, *, safe: bool, trains: bool = True
+) -> Logit:
     """Separate score and mask.
 
     Args:
         keys, queries: the extents of `j` and `i`.
         safe: whether the softmax turns an empty row into zeros (SDPA) rather than NaN.
+        trains: whether queries or keys need a gradient. An empty row passes one on to them through a fill that is added to the
+            scores, and none through one that replaces them: only the latter is the `empty="mean"` of a specification.
     """
     score, mask, fills = _peel(logit)
     if mask is sympy.true:
@@ -48,7 +53,7 @@ def split(logit: Term, ranges: Ranges, i: sympy.Symbol, j: sympy.Symbol, keys: T
         return Logit(score=score, mask=mask, empty="impossible")
     if all(fill.value == -sympy.oo for fill in fills):
         return Logit(score=score, mask=mask, empty="zero" if safe else "nan")
-    if len(fills) == 1 and (not fills[0].added or float(fills[0].value) <= _ABSORBING):
+    if len(fills) == 1 and (not fills[0].added or (float(fills[0].value) <= _ABSORBING and not trains)):
         return Logit(score=score, mask=mask, empty="mean")
     return Logit(score=logit, mask=sympy.true, empty="impossible")
 
@@ -78,12 +83,34 @@ def _peel(logit: Term) -> tuple[Term, Term, tuple[_Fill, ...]]:
 
 def _peel_sum(logit: sympy.Add) -> tuple[Term, Term, tuple[_Fill, ...]]:
     scores, masks, fills = [], [], []
-    for part in logit.args:
+    for part in _merged(logit.args):
         score, mask, found = _peel(part)
         scores.append(score)
         masks.append(mask)
         fills += [_Fill(fill.value, True) for fill in found]
     return sympy.Add(*scores), And(*masks), tuple(fills)
+
+
+def _merged(parts: Sequence[Term]) -> list[Term]:
+    """`s * where(c, 1, 0) + where(c, 0, -1e10)` as one `where(c, s, -1e10)`."""
+    chosen: dict[Term, list[Where]] = {}
+    rest = []
+    for part in (_outermost(part) for part in parts):
+        if isinstance(part, Where):
+            chosen.setdefault(part.args[0], []).append(part)
+        else:
+            rest.append(part)
+    merged = [Where(c, *(sympy.Add(*(w.args[k] for w in found)) for k in (1, 2))) for c, found in chosen.items()]
+    return rest + merged
+
+
+def _outermost(part: Term) -> Term:
+    """`x * where(c, n, 0)` as `where(c, n * x, 0)`: x is finite."""
+    for factor in part.args if isinstance(part, sympy.Mul) else ():
+        if isinstance(factor, Where) and factor.args[2] == 0 and factor.args[1].is_number:
+            others = sympy.Mul(*(f for f in part.args if f is not factor))
+            return Where(factor.args[0], factor.args[1] * others, sympy.S.Zero)
+    return part
 
 
 def _is_fill(term: Term) -> bool:
@@ -100,17 +127,21 @@ def never_empty(mask: Term, ranges: Ranges, i: sympy.Symbol, j: sympy.Symbol, ke
     return False
 
 
-def drop_shift(logit: Term, varying: frozenset[Term], also: Term | None = None) -> tuple[Term, Term | None]:
-    """Remove summands that are the same for all keys: softmax(x + c) = softmax(x).
+def drop_shift(
+    logit: Term, key: sympy.Symbol, is_maximum: Callable[[Load], bool], also: Term | None = None
+) -> tuple[Term, Term | None]:
+    """Remove a maximum of the logits that is subtracted for all keys alike: softmax(x - c) = softmax(x).
 
-    `also` is a logit of the same softmax (a sink): only what both have is removed.
+    Other shifts stay: one by -3e38 (a padded query) absorbs what it is added to. `also` is a logit of the same softmax (a sink):
+    only what both have is removed.
     """
-    kept, shifts = [], []
+    shifts = []
     for part in sympy.Add.make_args(logit):
-        constant = not (part.free_symbols & varying) and part.has(Load)
-        (shifts if constant else kept).append(part)
+        load = part.as_coeff_Mul()[1]
+        if isinstance(load, Load) and key not in part.free_symbols and is_maximum(load):
+            shifts.append(part)
     if also is None:
-        return sympy.Add(*kept), None
+        return logit - sympy.Add(*shifts), None
     others = sympy.Add.make_args(also)
-    common = [part for part in shifts if part in others]
-    return logit - sympy.Add(*common), also - sympy.Add(*common)
+    common = sympy.Add(*(part for part in shifts if part in others))
+    return logit - common, also - common

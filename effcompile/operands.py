@@ -14,7 +14,7 @@ import sympy
 import torch
 from torch.fx import Node
 
-from .expr import constant_value
+from .expr import Interpreter
 from .ir import Operand
 from .pattern import CASTS
 from .ranges import Ranges
@@ -46,21 +46,20 @@ def trace(node: Node, index: Index, ranges: Ranges, head: Term, roles: tuple[Ter
     """
     found: list[Traced] = []
     factor: Term = sympy.S.One
-    dtype = node.meta["val"].dtype
     while True:
         group = simple_group(index, head, roles)
         if group is not None:
             found.append(Traced(node=node, index=index, factor=factor, group=group))
         if stop(node):
             return found
-        step = _step(node, index, ranges, dtype)
+        step = _step(node, index, ranges)
         if step is None:
             return found
         node, index = step[0], step[1]
         factor = factor * step[2]
 
 
-def _step(node: Node, index: Index, ranges: Ranges, dtype: torch.dtype) -> tuple[Node, Index, Term] | None:
+def _step(node: Node, index: Index, ranges: Ranges) -> tuple[Node, Index, Term] | None:
     """One step back: the input, the index into it, and the constant factor between."""
     viewed = view_source(node, index, ranges)
     if viewed is not None:
@@ -70,7 +69,8 @@ def _step(node: Node, index: Index, ranges: Ranges, dtype: torch.dtype) -> tuple
     source = node.args[0]
     if node.target in CASTS:
         before = source.meta["val"].dtype
-        exact = before.is_floating_point and torch.finfo(before).bits <= torch.finfo(dtype).bits
+        after = node.meta["val"].dtype
+        exact = before.is_floating_point and torch.promote_types(before, after) is after
         return (source, index, sympy.S.One) if exact else None
     if node.target is aten.cat.default:
         return None
@@ -84,7 +84,9 @@ def _scaled(node: Node, index: Index) -> tuple[Node, Index, Term] | None:
     if node.target is aten.neg.default:
         return source, index, sympy.S.NegativeOne
     other = _number(node.args[1])
-    if other is None or shape_of(node) != shape_of(source):
+    if other is None and node.target is aten.mul.Tensor:
+        source, other = node.args[1], _number(source)
+    if other is None or other == 0 or not other.is_finite or not isinstance(source, Node) or shape_of(node) != shape_of(source):
         return None
     return source, index, (other if node.target in _FACTORS[:2] else 1 / other)
 
@@ -92,16 +94,10 @@ def _scaled(node: Node, index: Index) -> tuple[Node, Index, Term] | None:
 def _number(value: Any) -> Term | None:
     if isinstance(value, (int, float)):
         return number(value)
-    if isinstance(value, Node):
-        constant = constant_value(_behind_copies(value))
-        return None if constant is None else number(constant)
+    if isinstance(value, Node) and isinstance(value.meta.get("val"), torch.Tensor) and all(n == 1 for n in shape_of(value)):
+        term = Interpreter(Ranges({})).element(value, (sympy.S.Zero,) * value.meta["val"].dim())
+        return term if term.is_number else None
     return None
-
-
-def _behind_copies(node: Node) -> Node:
-    while node.target in (aten.lift_fresh_copy.default, aten.detach.default, aten.clone.default):
-        node = node.args[0]  # type: ignore[assignment]
-    return node
 
 
 def simple_group(index: Index, head: Term, roles: tuple[Term, ...]) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import Any
@@ -111,9 +112,9 @@ def is_passage(node: Node) -> bool:
 
 def describe(node: Node) -> str:
     """A node for a sentence: its operation, and the user's line if known."""
-    where = source_line(node)
+    line = source_line(node).rpartition("/")[2]
     name = getattr(node.target, "__name__", str(node.target)) if node.op == "call_function" else node.op
-    return f"{str(name).split('.')[0]}{f' at {where}' if where else ''}"
+    return str(name).split(".")[0] + (f" at {line}" if line else "")
 
 
 def source_line(node: Node) -> str:
@@ -129,9 +130,10 @@ def source_line(node: Node) -> str:
 
 
 def module_path(node: Node) -> str:
-    """The path of the innermost module that a node comes from."""
+    """The path of the innermost module that a node comes from, as the model's `named_modules` has it."""
     stack: dict[str, Any] = node.meta.get("nn_module_stack") or {}
     if not stack:
         return ""
     path, _ = list(stack.values())[-1]
-    return str(path).removeprefix("L['self'].").removeprefix("L['self']")
+    path = re.sub(r"(?:\._modules)?\['([^']+)'\]", r".\1", re.sub(r"^[LG]\['[^']*'\]", "", str(path)))
+    return path.strip(".")

@@ -105,7 +105,7 @@ class _Source(Writer):
             return f"{self.library}.abs({self.write(term.args[0])})"
         if type(term) not in self.functions:
             raise ExpressionError(
-                f"Expected a term that {self.library} can compute but got {type(term).__name__}={term!r}. Add it to effcompile/printers.py."
+                f"Expected a term that {self.library} can compute but got {type(term).__name__}={term!r}. Add it to printers.py."
             )
         return f"{self.functions[type(term)]}({self.real(term.args[0])})"
 

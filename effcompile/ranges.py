@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import lru_cache
+from typing import TypeAlias
 
 import sympy
 from sympy.logic.boolalg import And, Not, Or
 
 from .terms import BoolLoad, FloorDiv, Modulo, Term, Where, is_condition
 
-Bound = Term | None
+Bound: TypeAlias = Term | None
 _MIN_DYNAMIC_SIZE = 2  # Dynamo specialises the sizes 0 and 1
 
 
@@ -59,6 +60,10 @@ class Ranges:
             return self._division(term)
         if isinstance(term, Where):
             return self._hull(term.args[1], term.args[2])
+        if isinstance(term, (sympy.Min, sympy.Max)):
+            return self._extreme(term)
+        if isinstance(term, sympy.Abs):
+            return self._absolute(term)
         return None, None
 
     def _sum(self, term: sympy.Add) -> tuple[Bound, Bound]:
@@ -100,6 +105,18 @@ class Ranges:
         low = None if alow is None or blow is None else sympy.Min(alow, blow)
         high = None if ahigh is None or bhigh is None else sympy.Max(ahigh, bhigh)
         return low, high
+
+    def _extreme(self, term: Term) -> tuple[Bound, Bound]:
+        """A maximum is at least each of its arguments' lower bounds, and at most the largest of their upper bounds."""
+        known = [[b for b in side if b is not None] for side in zip(*(self.bounds(a) for a in term.args), strict=True)]
+        lows, highs = (None if not side else term.func(*side) for side in known)
+        if isinstance(term, sympy.Max):
+            return lows, highs if len(known[1]) == len(term.args) else None
+        return lows if len(known[0]) == len(term.args) else None, highs
+
+    def _absolute(self, term: sympy.Abs) -> tuple[Bound, Bound]:
+        low, high = self.bounds(term.args[0])
+        return sympy.S.Zero, None if low is None or high is None else sympy.Max(-low, high)
 
     # ---------------------------------------------------------------- proofs
 
@@ -218,7 +235,7 @@ def _narrow(bounds: dict[sympy.Symbol, tuple[Term, Term]], condition: Term) -> N
     if b in bounds and a not in bounds:
         mirrored = {sympy.Lt: sympy.Gt, sympy.Le: sympy.Ge, sympy.Gt: sympy.Lt, sympy.Ge: sympy.Le}
         relation, a, b = mirrored.get(relation, relation), b, a
-    if a not in bounds or b.free_symbols & set(bounds):
+    if a not in bounds or b.free_symbols & set(bounds) or not b.is_integer:
         return
     low, high = bounds[a]
     if relation in (sympy.Lt, sympy.Le, sympy.Eq):
@@ -259,7 +276,7 @@ def _divide(part: Term, n: Term) -> Term | None:
 def _nonnegative_in_sizes(bound: Term) -> bool:
     if bound.is_number:
         return bool(bound >= 0)
-    shifted = {s: s + _MIN_DYNAMIC_SIZE for s in bound.free_symbols}
+    shifted = {s: s + _MIN_DYNAMIC_SIZE for s in bound.free_symbols if s.is_nonnegative}
     expanded = sympy.expand(bound.xreplace(shifted))
     return bool(expanded.is_nonnegative) or all(
         part.is_number and part >= 0 or part.as_coeff_Mul()[0] >= 0 and part.is_nonnegative

@@ -5,13 +5,15 @@ A replacement must have the shape, dtype and strides of what it replaces, and le
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from .builder import Builder
 from .errors import VerifyError
@@ -29,7 +31,10 @@ _I, _D = integer_symbol("i"), integer_symbol("d")
 
 @dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """One rule tried at one anchor. `result` is its match, or why not."""
+    """One rule tried at one anchor. `result` is its match, or why not; `error` what the rule raised, which no rule should.
+
+    `where` is `file:line` in the user's code, `module` the path of the module that the line runs in.
+    """
 
     rule: str
     family: str
@@ -38,13 +43,20 @@ class Attempt:
     module: str
     result: Match | Rejected
     seconds: float
+    error: Exception | None = None
 
     @property
     def matched(self) -> bool:
         return isinstance(self.result, Match)
 
+    @property
+    def site(self) -> str:
+        """The place in a few words: `model.layers.0.self_attn (modeling_llama.py:208)`."""
+        line = Path(self.where).name if self.where != self.module else ""
+        return f"{self.module} ({line})" if self.module and line else self.module or line
+
     def __str__(self) -> str:
-        place = f"{self.rule} at {self.anchor} ({self.where or 'no source line'})"
+        place = f"{self.rule} at {self.anchor} ({', '.join(filter(None, (self.module, self.where))) or 'no source line'})"
         if isinstance(self.result, Match):
             return f"{place}: matched, {self.result.spec.to_json()}"
         stopped = f", stopped at {describe(self.result.node)}" if self.result.node is not None else ""
@@ -64,12 +76,30 @@ def attempt_all(view: GraphView, rules: Iterable[Rule]) -> list[Attempt]:
     return attempts
 
 
+def attempt_again(attempt: Attempt, rules: Iterable[Rule], view: GraphView) -> Attempt:
+    """The same rule at the same anchor, in a graph that has changed since."""
+    rule = next(rule for rule in rules if rule.name == attempt.rule)
+    anchor = next((node for node in view.graph.nodes if node.name == attempt.anchor), None)
+    if anchor is None:
+        why = "it vanished with the rewrite of another site"
+        return dataclasses.replace(attempt, result=Rejected(step="uses", why=why))
+    return _attempt(rule, anchor, view)
+
+
+def is_stale(match: Match, graph: Graph) -> bool:
+    """Whether a rewrite since took away a node that a match stands on."""
+    needed = {match.output, *(x.base for x in match.inputs.values()), *match.captures.values()}
+    needed |= {size for size in match.sizes.values() if isinstance(size, Node)}
+    return not needed <= set(graph.nodes)
+
+
 def _attempt(rule: Rule, node: Node, view: GraphView) -> Attempt:
     start = time.perf_counter()
+    failure = None
     try:
         result = rule.recognise(node, view)
     except Exception as error:  # a rule that fails must not take the compile with it
-        result = Rejected(step="internal", why=f"{type(error).__name__} in rule {rule.name}: {error}", node=node)
+        failure, result = error, Rejected(step="internal", why=f"rule {rule.name} failed with {summary(error)}", node=node)
     return Attempt(
         rule=rule.name,
         family=rule.family,
@@ -78,7 +108,13 @@ def _attempt(rule: Rule, node: Node, view: GraphView) -> Attempt:
         module=module_path(node),
         result=result,
         seconds=time.perf_counter() - start,
+        error=failure,
     )
+
+
+def summary(error: BaseException) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {(str(error).strip() or '(no message)').splitlines()[0]}"
 
 
 # -------------------------------------------------------------------- replacing
@@ -95,7 +131,9 @@ def replace(match: Match, lower: Lower) -> Node:
         The node that has taken over the uses of `match.output`.
 
     Raises:
-        VerifyError: the result would differ from the original in shape, dtype or strides; the graph is unchanged.
+        VerifyError: the result would differ from the original in shape, dtype or strides.
+
+    Whatever is raised, by `lower` too, the graph is as it was.
     """
     graph = match.output.graph
     builder = Builder(graph, match.output)
@@ -113,12 +151,13 @@ def replace(match: Match, lower: Lower) -> Node:
         if copied is None and not _same_strides(result, match.output):
             result = _with_strides_of(builder, result, match.output)
         _verify(result, match.output)
+        swapped = None if copied is None else _contiguous_swap(builder, result)
     except Exception:
         builder.undo()
         raise
-    match.output.replace_all_uses_with(result)
-    if copied is not None:
-        _forget_copy(result, *copied)
+    match.output.replace_all_uses_with(result)  # from here on nothing can fail
+    if copied is not None and swapped is not None:
+        _forget_copy(swapped, *copied)
     _erase_dead(match)
     return result
 
@@ -206,15 +245,21 @@ def _copy_after(match: Match) -> tuple[Node, Node] | None:
     return (swap, copy) if copy.target is not aten.clone.default or "memory_format" in copy.kwargs else None
 
 
-def _forget_copy(result: Node, swap: Node, copy: Node) -> None:
-    """The permutation of an output that lies in [b, i, h, d] order is contiguous: its copy is the same."""
-    swapped = Builder(result.graph, swap).call(aten.transpose.int, result, 1, 2)
-    if not swapped.meta["val"].is_contiguous():
-        result.graph.erase_node(swapped)
-        return
+def _contiguous_swap(builder: Builder, result: Node) -> Node | None:
+    """`result` swapped to [b, i, h, d], if that is contiguous."""
+    count = len(builder.added)
+    swapped = builder.call(aten.transpose.int, result, 1, 2)
+    if swapped.meta["val"].is_contiguous():
+        return swapped
+    _drop_since(builder, count)
+    return None
+
+
+def _forget_copy(swapped: Node, swap: Node, copy: Node) -> None:
+    """A copy of what is contiguous already is the same."""
     copy.replace_all_uses_with(swapped)
     for node in (copy, swap):
-        result.graph.erase_node(node)
+        node.graph.erase_node(node)
 
 
 def _erase_dead(match: Match) -> None:

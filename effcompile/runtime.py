@@ -1,21 +1,21 @@
 """Runs the semantic operations on a GPU: hands each call to its generated kernel.
 
-If a kernel cannot be built or launched, the call is computed by the reference, with one warning.
+If a kernel cannot be built or launched, the call is computed by the reference, with one warning; EFFARCH_FALLBACK=error raises
+instead.
 """
 
 from __future__ import annotations
 
-import logging
 import warnings
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 import torch
 
-from .errors import KernelError
+from .config import failing_kernels_raise
+from .errors import EffcompileWarning
 from .ops import attention as op
-
-log = logging.getLogger(__name__)
 
 _warned: set[str] = set()
 _registered = False
@@ -33,14 +33,14 @@ def _attention(
     from .codegen import attention
 
     parsed = parse(spec)
-    try:
-        return attention.forward(q, k, v, captures, sizes, parsed, out_layout=layout)
-    except KernelError as error:
-        _warn(error)
+
+    def reference() -> tuple[torch.Tensor, torch.Tensor]:
         result, lse = op.reference(q, k, v, captures, sizes, parsed)
         out = op.empty_output(q, v, layout)
         out.copy_(result)
         return out, lse.float()
+
+    return _guarded(lambda: attention.forward(q, k, v, captures, sizes, parsed, out_layout=layout), reference)  # type: ignore[arg-type]
 
 
 def _attention_backward(
@@ -48,20 +48,32 @@ def _attention_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     from .codegen import attention
 
-    parsed = parse(spec)
+    def kernels() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        dq, dk, dv, rows = attention.backward(grad, q, k, v, out, lse, captures, sizes, parse(spec))
+        return dq, dk, dv, lse.new_empty((0,)) if rows is None else rows
+
+    return _guarded(kernels, lambda: op.reference_backward(grad, q, k, v, out, lse, captures, sizes, spec))
+
+
+def _guarded(kernel: Callable[[], Any], reference: Callable[[], Any]) -> Any:
+    """`kernel()`, or if that fails to be built or launched, `reference()` with a warning. Running out of memory is no such failure."""
     try:
-        dq, dk, dv, rows = attention.backward(grad, q, k, v, out, lse, captures, sizes, parsed)
-    except KernelError as error:
-        _warn(error)
-        return op.reference_backward(grad, q, k, v, out, lse, captures, sizes, spec)
-    return dq, dk, dv, lse.new_empty((0,)) if rows is None else rows
+        return kernel()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        if failing_kernels_raise():
+            raise
+        reason = (str(error).strip() or "(no message)").splitlines()[0]
+        warn_once(f"effarch: an attention is computed by its reference, which materialises the scores: {type(error).__name__}: {reason}")
+        return reference()
 
 
-def _warn(error: KernelError) -> None:
-    text = str(error)
+def warn_once(text: str) -> None:
+    """Warn, once in a process for each text."""
     if text not in _warned:
         _warned.add(text)
-        warnings.warn(f"effarch computes this attention by its reference, which materialises the scores: {text}", stacklevel=3)
+        warnings.warn(text, EffcompileWarning, stacklevel=3)
 
 
 def register() -> None:

@@ -10,14 +10,14 @@ from __future__ import annotations
 import ast
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 from sympy.logic.boolalg import And, Boolean, BooleanFalse, BooleanTrue, Not, Or
 
 from .errors import ExpressionError
 
-Term = sympy.Basic
+Term: TypeAlias = sympy.Basic
 
 _EXACT_FLOAT32 = 2**24  # below it, every integer is a float32
 
@@ -240,7 +240,7 @@ class Writer:
 
     def load(self, term: Load) -> str:
         suffix = next(key for key, load in _LOADS.items() if type(term) is load)
-        return f"{term.tensor}.{suffix}[{', '.join(self.write(index) for index in term.indices)}]"
+        return f"{term.tensor}.{suffix}[{', '.join(self.write(index) for index in term.indices) or '()'}]"
 
     def floor_div(self, term: Term) -> tuple[str, int]:
         return f"{self.write(term.args[0], PRODUCT)} // {self.write(term.args[1], UNARY)}", PRODUCT
@@ -309,13 +309,15 @@ def derivative(term: Term, symbol: sympy.Symbol) -> Term:
     Raises:
         ExpressionError: a function in the term has no derivative here.
     """
-    flat = term.replace(lambda t: isinstance(t, (sympy.floor, sympy.ceiling)) and t.has(symbol), lambda t: t.func(_Frozen(t.args[0])))
+    flat = term.replace(
+        lambda t: isinstance(t, (sympy.floor, sympy.ceiling)) and t.has(symbol), lambda t: t.func(_Frozen(t.args[0]))
+    )
     slope = sympy.diff(flat, symbol)
     slope = slope.replace(sympy.Heaviside, lambda x, *_: Where(x > 0, sympy.S.One, sympy.S.Zero))
     slope = slope.replace(sympy.sign, lambda x: Where(x > 0, sympy.S.One, Where(x < 0, -sympy.S.One, sympy.S.Zero)))
     slope = slope.replace(_Frozen, lambda x: x)
     if slope.has(sympy.Derivative, sympy.Subs):
-        raise ExpressionError(f"Expected a differentiable term but got term={to_text(term)!r}")
+        raise ExpressionError(f"Expected a differentiable term but got term={term!r}. Give its function a derivative.")
     return slope
 
 

@@ -2,8 +2,8 @@
 
     Dynamo's graph --record--> the ATen operators it calls --functionalise--> no in-place operators --> unused nodes dropped
 
-Symbolic sizes are kept. Grad-mode, autocast and inference-mode switches stay in the graph as nodes. Higher-order operators and whatever
-the dispatcher does not see stay as they are and are listed as barriers. Dynamo's graph is not changed.
+Symbolic sizes are kept. Grad-mode, autocast and inference-mode switches stay in the graph as nodes. Higher-order operators and
+whatever the dispatcher does not see stay as they are and are listed as barriers. Dynamo's graph is not changed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 
 from effcompile import _torch
 from effcompile._functional import functionalise
-from effcompile._record import MODE_SWITCHES, Recording, record
+from effcompile._record import MODE_SWITCHES, Barrier, Recording, record
 from effcompile._regions import mode_regions, requires_grad
 from effcompile.errors import LiftError
 
@@ -42,12 +42,13 @@ STATISTICS = {aten.batch_norm.default: 5, aten.instance_norm.default: 5}
 class Lifted:
     """A functional ATen graph with the placeholders of the graph it was lifted from.
 
-    `barriers` names the nodes that were not opened, each with the reason; `mutating` are those that may write to memory, which no
-    operator may be moved across. `seconds` is what lifting took.
+    `barriers` names what was not opened, each with the reason (of a run of nodes with one reason, the first). `opaque` holds every
+    such node, `mutating` those that may write to memory, which no operator may be moved across. `seconds` is what lifting took.
     """
 
     graph_module: GraphModule
     barriers: tuple[tuple[str, str], ...]
+    opaque: frozenset[Node]
     mutating: frozenset[Node]
     seconds: float
 
@@ -71,14 +72,21 @@ def lift(gm: GraphModule, example_inputs: Sequence[Any] = ()) -> Lifted:
     barriers = [barrier for barrier in recording.barriers if barrier.node in kept]
     return Lifted(
         graph_module=graph_module,
-        barriers=tuple((barrier.node.name, barrier.why) for barrier in barriers),
+        barriers=_reported(barriers),
+        opaque=frozenset(barrier.node for barrier in barriers),
         mutating=frozenset(barrier.node for barrier in barriers if barrier.mutates),
         seconds=time.perf_counter() - start,
     )
 
 
+def _reported(barriers: Sequence[Barrier]) -> tuple[tuple[str, str], ...]:
+    """Name and reason of each barrier, one for a run of them with one reason in regions that are copied node by node."""
+    runs = (b for i, b in enumerate(barriers) if not (b.run and i and barriers[i - 1].why == b.why))
+    return tuple((barrier.node.name, barrier.why) for barrier in runs)
+
+
 def _lift_body(body: GraphModule) -> GraphModule | None:
-    """The body of a checkpoint or subgraph lifted by itself, or None where it must stay as it is, as when it writes to its inputs."""
+    """The body of a checkpoint or subgraph lifted by itself, or None where it must stay as it is, as when it writes to an input."""
     try:
         lifted = lift(body)
     except LiftError:

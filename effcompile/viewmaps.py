@@ -5,14 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import sympy
 import torch
 from torch.fx import Node
 
-from .ranges import Ranges
+from .ranges import Ranges, recombine
 from .terms import Term, integer_symbol
 from .terms import FloorDiv as FloorDivTerm
 
@@ -22,22 +22,26 @@ Index = tuple[Term, ...]
 
 
 def size_term(size: Any) -> Term:
-    """A size, an int or a SymInt, as a term over integer symbols named as the graph's."""
+    """A size, an int or a SymInt, as a term over integer symbols named as the graph's.
+
+    A symbol that may be negative, 0 or 1 (an integer argument, a size that depends on data) is one of which nothing is known.
+    """
     if isinstance(size, int):
         return sympy.Integer(size)
-    return _own_symbols(size.node.expr)
+    return _own_symbols(size.node.expr, getattr(size.node.shape_env, "var_to_range", {}))
 
 
-def _own_symbols(expression: sympy.Expr) -> Term:
+def _own_symbols(expression: sympy.Expr, bounds: Mapping[Any, Any]) -> Term:
     if expression.is_Symbol:
-        return integer_symbol(expression.name)
+        least = bounds[expression].lower if expression in bounds else 2
+        return integer_symbol(expression.name) if least >= 2 else sympy.Symbol(expression.name, integer=True)
     if expression.is_Integer:
         return sympy.Integer(int(expression))
     if type(expression).__name__ in ("FloorDiv", "CleanDiv"):
-        return FloorDivTerm(*(_own_symbols(a) for a in expression.args))
+        return FloorDivTerm(*(_own_symbols(a, bounds) for a in expression.args))
     if expression.is_Add or expression.is_Mul:
-        return expression.func(*(_own_symbols(a) for a in expression.args))
-    return integer_symbol(f"size_{abs(hash(str(expression))):x}")
+        return expression.func(*(_own_symbols(a, bounds) for a in expression.args))
+    return sympy.Symbol(f"size({expression})", integer=True)
 
 
 def shape_of(node: Node) -> Index:
@@ -84,7 +88,7 @@ def _regroup(index: list[Term], outer: list[Term], inner: list[Term], ranges: Ra
     linear: Term = sympy.S.Zero
     for i, n in zip(index, outer, strict=True):
         linear = linear * n + i
-    linear = sympy.expand(linear)
+    linear = recombine(sympy.expand(linear))
     result: list[Term] = []
     for n in reversed(inner[1:]):
         result.append(sympy.S.Zero if n == 1 else ranges.modulo(linear, n))
@@ -139,28 +143,34 @@ def _squeeze(node: Node, index: Index, ranges: Ranges) -> Index:
     return tuple(sympy.S.Zero if k in dims and n == 1 else next(rest) for k, n in enumerate(shape))
 
 
-def _select(node: Node, index: Index, ranges: Ranges) -> Index:
+def _select(node: Node, index: Index, ranges: Ranges) -> Index | None:
     shape = shape_of(node.args[0])
     dim = _dim(node.args[1], len(shape))
-    return (*index[:dim], wrap(argument_term(node.args[2]), shape[dim]), *index[dim:])
+    position = from_the_start(argument_term(node.args[2]), shape[dim], ranges)
+    return None if position is None else (*index[:dim], position, *index[dim:])
 
 
-def _slice(node: Node, index: Index, ranges: Ranges) -> Index:
-    dim, start, step = slice_start(node)
-    return tuple(start + step * i if k == dim else i for k, i in enumerate(index))
-
-
-def slice_start(node: Node) -> tuple[int, Term, Term]:
-    """Dimension, first index and step of a `slice.Tensor` node."""
-    source = node.args[0]
-    size = shape_of(source)
-    dim = _dim(node.args[1] if len(node.args) > 1 else 0, len(size))
-    start = node.args[2] if len(node.args) > 2 and node.args[2] is not None else 0
+def _slice(node: Node, index: Index, ranges: Ranges) -> Index | None:
+    shape = shape_of(node.args[0])
+    dim = _dim(node.args[1] if len(node.args) > 1 else 0, len(shape))
     step = argument_term(node.args[4]) if len(node.args) > 4 else sympy.S.One
-    first = wrap(argument_term(start), size[dim])
-    if first.is_Integer and size[dim].is_Integer:
-        first = min(first, size[dim])
-    return dim, first, step
+    first = slice_start(node.args[2] if len(node.args) > 2 else None, shape[dim], ranges)
+    return None if first is None else tuple(first + step * i if k == dim else i for k, i in enumerate(index))
+
+
+def slice_start(start: Any, size: Term, ranges: Ranges) -> Term | None:
+    """The first index of a slice of a dimension; one before the beginning is 0. None if its sign is not known."""
+    first = from_the_start(sympy.S.Zero if start is None else argument_term(start), size, ranges)
+    if first is None or ranges.is_nonnegative(first):
+        return first
+    return sympy.S.Zero if ranges.is_nonnegative(-first) else None
+
+
+def from_the_start(position: Term, size: Term, ranges: Ranges) -> Term | None:
+    """A position that counts from the end if it is negative, from the start; None if its sign is not known."""
+    if ranges.is_nonnegative(position):
+        return position
+    return position + size if ranges.is_nonnegative(-1 - position) else None
 
 
 def _split_part(node: Node, index: Index, ranges: Ranges) -> Index | None:
@@ -168,12 +178,12 @@ def _split_part(node: Node, index: Index, ranges: Ranges) -> Index | None:
     source, part = node.args
     if source.target is aten.unbind.int:
         dim = _dim(source.args[1] if len(source.args) > 1 else 0, len(index) + 1)
-        return (*index[:dim], sympy.Integer(part), *index[dim:])
+        return (*index[:dim], sympy.Integer(range(len(source.meta["val"]))[part]), *index[dim:])
     if source.target not in (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.split.sizes):
         return None
     dim = _dim(source.args[2] if len(source.args) > 2 else 0, len(index))
     start: Term = sympy.S.Zero
-    for piece in source.meta["val"][:part]:
+    for piece in source.meta["val"][: range(len(source.meta["val"]))[part]]:
         start = start + size_term(piece.shape[dim])
     return tuple(start + i if k == dim else i for k, i in enumerate(index))
 
@@ -211,11 +221,6 @@ def argument_term(value: Any) -> Term:
     return size_term(value.meta["val"]) if isinstance(value, Node) else size_term(value)
 
 
-def wrap(position: Term, size: Term) -> Term:
-    """A position counted from the end if it is negative."""
-    return position + size if position.is_Integer and position < 0 else position
-
-
 ViewMap = Callable[[Node, Index, Ranges], Index | None]
 
 VIEWS: dict[Any, ViewMap] = {
@@ -251,8 +256,3 @@ def view_source(node: Node, index: Index, ranges: Ranges) -> tuple[Node, Index] 
         return None
     mapped = rule(node, index, ranges)
     return None if mapped is None else (node.args[0], mapped)
-
-
-def sizes_product(shape: Sequence[Term]) -> Term:
-    """The number of elements of a shape."""
-    return sympy.expand(sympy.Mul(*shape))

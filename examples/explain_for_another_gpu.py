@@ -1,8 +1,9 @@
 """Plan for a GPU that is not there: what effarch would do with an attention layer on an H100, asked on a CPU.
 
-    python examples/explain_for_another_gpu.py [--hardware h100-sxm] [--tokens 4096]
+    python examples/explain_for_another_gpu.py [--hardware h100-sxm] [--tokens 8192]
 
-Nothing is compiled or run: the recognisers read the graph, and the cost model compares the candidates on the profile's figures.
+Nothing is compiled or computed: the layer stands on the meta device, which has shapes and no memory, the recognisers read its
+graph, and the cost model compares the candidates on the figures of the GPU's profile.
 """
 
 from __future__ import annotations
@@ -44,10 +45,11 @@ def main() -> None:
     """Print the plan of one layer for one GPU."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hardware", default="h100-sxm", help="a profile's name (`effarch hardware` lists them)")
-    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--tokens", type=int, default=8192)
     args = parser.parse_args()
-    layer = Attention().to(torch.bfloat16).eval().requires_grad_(False)
-    x = torch.randn(1, args.tokens, 4096, dtype=torch.bfloat16)
+    with torch.device("meta"):
+        layer = Attention().to(torch.bfloat16).eval().requires_grad_(False)
+        x = torch.randn(1, args.tokens, 4096, dtype=torch.bfloat16)
     print(effcompile.explain(layer, x, hardware=args.hardware))
 
 

@@ -7,9 +7,10 @@ from effcompile.ir import Rule
 
 from . import normalize as normalize
 from .attention import ATTENTION
+from .flex import FLEX_ATTENTION
 from .sdpa import SCALED_DOT_PRODUCT
 
-RULES: tuple[Rule, ...] = (ATTENTION, SCALED_DOT_PRODUCT)
+RULES: tuple[Rule, ...] = (ATTENTION, SCALED_DOT_PRODUCT, FLEX_ATTENTION)
 """The recognisers. A new architecture adds its rule here."""
 
 PASSES: tuple[str, ...] = ("normalize", *(rule.name for rule in RULES))

@@ -15,9 +15,10 @@ import sympy
 import torch
 from torch.fx import Node
 
-from effcompile.contraction import Contraction, contraction_of
+from effcompile.canonical import canonical
+from effcompile.contraction import Contraction, Dot, contraction_of
 from effcompile.errors import ExpressionError
-from effcompile.expr import Dot, Interpreter, names_of, rename
+from effcompile.expr import Interpreter, names_of, rename
 from effcompile.ir import Match, Operand, Rejected, Rule
 from effcompile.masks import Logit, drop_shift, split
 from effcompile.operands import Traced, as_operand, trace
@@ -25,7 +26,7 @@ from effcompile.ops.attention import AttentionSpec
 from effcompile.pattern import GraphView, contractions_after, describe, is_passage
 from effcompile.ranges import Ranges
 from effcompile.terms import FloorDiv, Load, Modulo, Term, integer_symbol, score_symbol, to_text
-from effcompile.viewmaps import Index, shape_of
+from effcompile.viewmaps import VIEWS, Index, shape_of
 
 aten = torch.ops.aten
 
@@ -116,7 +117,7 @@ def parts_in(anchor: Node, view: GraphView, values: Contraction, side: int, at: 
         past_the_end = tuple(at.extents["j"] if k == dim else term for k, term in enumerate(where))
         sink = interpreter.element(anchor.args[0], past_the_end)
     dot, contraction = _score_contraction(logit, interpreter, anchor)
-    logit, sink = drop_shift(logit, frozenset({J, *dot.free_symbols & {J}}), sink)
+    logit, sink = drop_shift(logit, J, lambda load: is_maximum(interpreter.loaded[load.tensor]), sink)
     q, k = _query_and_key(contraction, dot, at, view, anchor)
     v_index = values.operand_index(1 - side, tuple(at.index[letter] for letter in values.out), J)
     v = candidates(values.operands[1 - side], v_index, at, view, anchor, (B, H, J, D))
@@ -124,7 +125,9 @@ def parts_in(anchor: Node, view: GraphView, values: Contraction, side: int, at: 
     q_best, k_best, v_best = choose(q, k, v, anchor)
     factor = q_best.factor * k_best.factor
     logit = logit.xreplace({dot: factor * S})
-    taken = split(logit, at.ranges, I, J, at.extents["j"], at.extents["i"], safe=anchor.target is aten._safe_softmax.default)
+    trains = any(view.needs_gradient(x.node, anchor) for x in (q_best, k_best))
+    safe = anchor.target is aten._safe_softmax.default
+    taken = split(logit, at.ranges, I, J, at.extents["j"], at.extents["i"], safe=safe, trains=trains)
     check_logit(taken, sink, anchor)
     return Parts(
         view=view, anchor=anchor, output=values.node, coordinates=at, logit=taken, sink=sink, q=q_best, k=k_best, v=v_best,
@@ -132,6 +135,15 @@ def parts_in(anchor: Node, view: GraphView, values: Contraction, side: int, at: 
         vanishing=((anchor, "probabilities"), (contraction.node, "scores")),
         dtype=compute_dtype(contraction.node, values.node, q_best, k_best), loaded=interpreter.loaded,
     )  # fmt: skip
+
+
+def is_maximum(node: Node) -> bool:
+    """Whether a node is the maximum or the log-sum-exp of something, or a view of it."""
+    while node.target in VIEWS:
+        node = node.args[0]  # type: ignore[assignment]
+    if getattr(node.target, "__name__", "") == "getitem" and node.args[1] == 0:
+        node = node.args[0]  # type: ignore[assignment]
+    return node.target in (aten.amax.default, aten.max.dim, aten.max.default, aten.logsumexp.default)
 
 
 def _softmax_dim(anchor: Node) -> int:
@@ -333,7 +345,7 @@ def match_of(parts: Parts) -> Match:
     captures = _captures(terms, parts)
     _check_gradients(captures, parts)
     names = {node.name: name for name, node in captures.items()}
-    score, mask, *sink = (rename(term, names) for term in terms)
+    score, mask, *sink = (canonical(rename(term, names), parts.coordinates.ranges, J) for term in terms)
     sizes = _sizes((score, mask, *sink), parts)
     if view.strict and parts.dtype is not torch.float32:
         raise Stop("numerics", f"numerics=strict keeps the rounding of the scores to {parts.dtype}, which a fused kernel omits", parts.anchor)
@@ -344,7 +356,7 @@ def match_of(parts: Parts) -> Match:
     return Match(
         family="attention", anchor=parts.anchor, output=parts.output, spec=spec, inputs=_operands(parts),
         captures=captures, sizes=sizes, interior=frozenset(dead),
-        layout=parts.layout,
+        layout=parts.layout, trains=any(view.needs_gradient(x.node, parts.anchor) for x in (parts.q, parts.k, parts.v)),
     )  # fmt: skip
 
 

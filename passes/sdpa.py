@@ -42,17 +42,19 @@ def _parts(anchor: Node, view: GraphView) -> Parts:
     q, k, v = (call[name] for name in ("query", "key", "value"))
     if call["dropout_p"] != 0:
         raise Stop("dropout", f"dropout p={call['dropout_p']} is active", anchor)
-    at = _coordinates(anchor, q, k)
+    at = matrix_coordinates(anchor, k)
+    if call["enable_gqa"] and anchor.meta["val"].dim() != 4:
+        raise Stop("operands", f"heads in groups are read in four dimensions, not in {anchor.meta['val'].dim()}", anchor)
     index = tuple(at.index[x] for x in _letters(anchor))
     batch = index[:-2]
     depth = shape_of(q)[-1]
     if not depth.is_Integer:
         raise Stop("scores", "the head dimension is not a fixed number", anchor)
-    inner = _with_depth(at, depth)
+    inner = with_depth(at, depth)
     traced = (
         candidates(q, broadcast((*batch, I, D), shape_of(q)), inner, view, anchor, (B, H, I, D)),
-        candidates(k, _kv_index(k, (*batch, J, D), call, at), inner, view, anchor, (B, H, J, D)),
-        candidates(v, _kv_index(v, (*batch, J, D), call, at), at, view, anchor, (B, H, J, D)),
+        candidates(k, grouped_index(k, (*batch, J, D), call["enable_gqa"], at), inner, view, anchor, (B, H, J, D)),
+        candidates(v, grouped_index(v, (*batch, J, D), call["enable_gqa"], at), at, view, anchor, (B, H, J, D)),
     )
     best = choose(*traced, anchor)
     interpreter = view.interpreter(at.ranges, anchor)
@@ -63,7 +65,8 @@ def _parts(anchor: Node, view: GraphView) -> Parts:
         logit = at.ranges.where(mask, logit, -sympy.oo) if is_condition(mask) else logit + mask
     if call["is_causal"]:
         logit = at.ranges.where(at.ranges.compare(sympy.Le, J, I), logit, -sympy.oo)
-    taken = split(logit, at.ranges, I, J, at.extents["j"], at.extents["i"], safe=True)
+    trains = any(view.needs_gradient(x.node, anchor) for x in best[:2])
+    taken = split(logit, at.ranges, I, J, at.extents["j"], at.extents["i"], safe=True, trains=trains)
     check_logit(taken, None, anchor)
     return Parts(
         view=view, anchor=anchor, output=anchor, coordinates=at, logit=taken, sink=None, q=best[0], k=best[1], v=best[2],
@@ -85,7 +88,8 @@ def _letters(anchor: Node) -> list[str]:
     return [f"batch{k}" for k in range(rank - 2)] + ["query", "value"]
 
 
-def _coordinates(anchor: Node, q: Node, k: Node) -> Coordinates:
+def matrix_coordinates(anchor: Node, k: Node) -> Coordinates:
+    """Names for the dimensions of a [..., queries, depth] result."""
     shape, keys = shape_of(anchor), shape_of(k)[-2]
     ranges = Ranges({})
     letters = _letters(anchor)
@@ -96,16 +100,17 @@ def _coordinates(anchor: Node, q: Node, k: Node) -> Coordinates:
     return Coordinates(ranges=ranges, index={**index, "query": I, "value": D}, extents=extents)
 
 
-def _with_depth(at: Coordinates, depth: Term) -> Coordinates:
+def with_depth(at: Coordinates, depth: Term) -> Coordinates:
+    """The same coordinates with the head dimension of queries and keys as d."""
     ranges = Ranges({s: bounds for s in (B, H, I, J) if (bounds := at.ranges.get(s)) is not None})
     ranges.add(D, depth)
     return Coordinates(ranges=ranges, index=at.index, extents={**at.extents, "d": depth})
 
 
-def _kv_index(node: Node, index: Index, call: dict[str, Any], at: Coordinates) -> Index:
-    """The index into keys or values: heads in groups if the call says so, else broadcast."""
+def grouped_index(node: Node, index: Index, grouped: bool, at: Coordinates) -> Index:
+    """The index into keys or values [batch, heads, length, depth]: heads in groups, or broadcast."""
     shape = shape_of(node)
-    if call["enable_gqa"] and len(shape) >= 3 and shape[-3] != 1:
+    if grouped and len(index) == 4 and shape[-3] != 1:
         group = at.extents["h"] / shape[-3]
         index = (*index[:-3], at.ranges.floordiv(index[-3], group), *index[-2:])
     return broadcast(index, shape)

@@ -78,7 +78,16 @@ def _decoder(**config: Any) -> dict[str, Any]:
 
 
 _ONE_KV_HEAD_PER_HEAD = {"drop": ("num_key_value_heads",)}
-_T5 = {"vocab_size": VOCABULARY, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "pad_token_id": 0, "decoder_start_token_id": 0}
+_T5 = {
+    "vocab_size": VOCABULARY,
+    "d_model": 64,
+    "d_kv": 16,
+    "d_ff": 128,
+    "num_layers": 2,
+    "num_heads": 4,
+    "pad_token_id": 0,
+    "decoder_start_token_id": 0,
+}
 _LATENT_HEADS = {"kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
 _MLA = {"num_key_value_heads": 4, "q_lora_rank": 32, **_LATENT_HEADS}
 _DEEPSEEK_EXPERTS = {
@@ -360,8 +369,8 @@ def build(
 ) -> tuple[nn.Module, Inputs]:
     """The model `name` in eval mode and its keyword inputs.
 
-    `attention` and `experts` choose transformers' implementation ("eager", "sdpa", ...; "grouped_mm", "batched_mm", ...),
-    None its default. `dtype` casts the weights; inputs keep theirs (ids int64, features float32). KeyError for a name not in `NAMES`.
+    `attention` and `experts` choose transformers' implementation ("eager", "sdpa", ...; "grouped_mm", "batched_mm", ...), None its
+    default. `dtype` casts the weights; inputs keep theirs (ids int64, features float32). KeyError for a name not in `NAMES`.
     """
     import transformers
 

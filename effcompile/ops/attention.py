@@ -168,12 +168,13 @@ def reference_backward(
     parsed = AttentionSpec.from_json(spec)
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        result, total = reference(*leaves, captures, sizes, parsed)
-        grads = [torch.empty_like(x).copy_(g) for x, g in zip((q, k, v), torch.autograd.grad(result, leaves, grad), strict=True)]
+        result, _ = reference(leaves[0], leaves[1], leaves[2], captures, sizes, parsed)
+        found = torch.autograd.grad(result, leaves, grad)
+    dq, dk, dv = (torch.empty_like(x).copy_(g) for x, g in zip((q, k, v), found, strict=True))
     if parsed.sink is None:
-        return *grads, lse.new_empty((0,))
+        return dq, dk, dv, lse.new_empty((0,))
     delta = (grad.float() * out.float()).sum(-1)
-    return *grads, -(sink_logits(q, captures, sizes, parsed) - lse).exp() * delta
+    return dq, dk, dv, -(sink_logits(q, captures, sizes, parsed) - lse).exp() * delta
 
 
 def sink_logits(q: torch.Tensor, captures: Any, sizes: Any, spec: AttentionSpec) -> torch.Tensor:
@@ -199,7 +200,7 @@ def _save(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _differentiate(ctx: Any, grad: torch.Tensor | None, _lse: Any) -> tuple[Any, ...]:
     q, k, v, out, lse, *captures = ctx.saved_tensors
-    no_sizes = None if ctx.sizes else []  # autograd takes an empty list for a list of tensors
+    no_sizes: list[Any] | None = None if ctx.sizes else []  # autograd takes an empty list for a list of tensors
     if grad is None:
         return None, None, None, [None] * len(captures), no_sizes, None, None
     dq, dk, dv, rows = torch.ops.effcompile.attention_backward(grad, q, k, v, out, lse, captures, ctx.sizes, ctx.spec)

@@ -1,0 +1,348 @@
+"""The generated attention kernels, run by Triton's interpreter, against plain torch in float64; and built for GPUs without one.
+
+Triton reads TRITON_INTERPRET when it is imported, so the kernels run in one process of their own: this file, started as a script,
+takes the name of a case on each line of its input and answers with the errors of that case.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from effcompile.codegen import attention, emit
+from effcompile.errors import KernelError
+from effcompile.ops.attention import AttentionSpec
+
+S = "s * 0.2"
+T = 97
+Ask = Callable[[str, str], Any]
+LOWEST = torch.finfo(torch.float32).min
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One attention: a specification, shapes, and how to make its captured tensors from (B, H, TQ, TK)."""
+
+    spec: AttentionSpec
+    captures: Callable[[], list[Tensor]] = list
+    sizes: tuple[int, ...] = ()
+    b: int = 1
+    h: int = 2
+    h_kv: int = 1
+    t_q: int = T
+    t_k: int = T
+    d_qk: int = 24
+    d_v: int = 16
+    dtype: torch.dtype = torch.float32
+    out_layout: str = "bhtd"
+    checks: tuple[str, ...] = ("out", "lse", "dq", "dk", "dv", "d_sink")
+    tiles: tuple[int, int] = (32, 32)
+    limit: float = 1e-5
+
+
+def documents() -> Tensor:
+    return torch.stack([torch.arange(T) // 30, (torch.arange(T) >= 50).long()])
+
+
+def left_padding() -> Tensor:
+    keep = torch.ones(2, T, dtype=torch.bool)
+    keep[0, :40] = False
+    return keep
+
+
+def dense_mask() -> Tensor:
+    mask = torch.rand(1, 1, T, T) < 0.3
+    mask[..., 0] = True
+    mask[..., 32:64, 32:96] = False  # whole tiles: empty
+    mask[..., 64:96, 0:32] = True  # and full
+    return mask
+
+
+def buckets() -> Tensor:
+    return torch.randint(0, 9, (T, T))
+
+
+def additive_causal() -> Tensor:
+    return torch.where(torch.arange(T)[:, None] >= torch.arange(T), 0.0, LOWEST)[None, None]
+
+
+def spec(mask: str = "j <= i", score: str = S, **rest: Any) -> AttentionSpec:
+    return AttentionSpec(score=score, mask=mask, **rest)
+
+
+T0, T1 = ("t0",), ("t0", "t1")
+PADDED = "(j <= i) & bool(t0.b[b, j])"
+CASES: dict[str, Case] = {
+    "causal": Case(spec=spec(), h=4, h_kv=2),
+    "causal-bthd": Case(spec=spec(), out_layout="bthd"),
+    "full": Case(spec=spec("True"), t_k=130),
+    "full-one-key": Case(spec=spec("True"), t_k=1),
+    "one-query": Case(spec=spec("j <= i + 129"), t_q=1, t_k=130),
+    "multi-query": Case(spec=spec(), h=3, h_kv=1),
+    "window": Case(spec=spec("(j <= i) & (i - j < 20)")),
+    "window-wider-than-a-tile": Case(spec=spec("(j <= i) & (i - j < 70)"), t_q=192, t_k=192),
+    "window-per-head": Case(spec=spec("(j <= i) & (i - j < t0.i[h])", captures=T0), captures=lambda: [torch.tensor([9, 40])]),
+    "both-sides": Case(spec=spec("abs(i - j) <= 7")),
+    "chunked": Case(spec=spec("(i // 20 == j // 20) & (j <= i)")),
+    "block-causal": Case(spec=spec("i // 16 >= j // 16")),
+    "prefix": Case(spec=spec("(j <= i) | (j < n0)", sizes=("n0",)), sizes=(29,)),
+    "first-keys-and-window": Case(spec=spec("((j <= i) & (i - j < 10)) | ((j <= i) & (j < 3))")),
+    "cache-offset": Case(spec=spec("j <= i + t0.i[0]", captures=T0), captures=lambda: [torch.tensor([60])], t_k=157),
+    "lengths": Case(spec=spec("j < t0.i[b]", captures=T0), captures=lambda: [torch.tensor([50, 3])], b=2),
+    "documents": Case(spec=spec("(j <= i) & (t0.i[b, i] == t0.i[b, j])", captures=T0), captures=lambda: [documents()], b=2),
+    "documents-both-ways": Case(spec=spec("t0.i[0, i] == t0.i[0, j]", captures=T0), captures=lambda: [documents()[:1]], b=2),
+    "dense-mask": Case(spec=spec("bool(t0.b[0, 0, i, j])", captures=T0), captures=lambda: [dense_mask()]),
+    "padding-zero": Case(spec=spec(PADDED, captures=T0, empty="zero"), captures=lambda: [left_padding()], b=2),
+    "padding-mean": Case(spec=spec(PADDED, captures=T0, empty="mean"), captures=lambda: [left_padding()], b=2),
+    "padding-nan": Case(spec=spec(PADDED, captures=T0, empty="nan"), captures=lambda: [left_padding()], b=2, checks=("out", "lse")),
+    "empty-mean-without-table": Case(spec=spec("(j <= i) & (i < 50)", empty="mean")),
+    "empty-zero-without-table": Case(spec=spec("(j < i) & (i - j < 9)", empty="zero")),
+    "soft-cap": Case(spec=spec(score="5 * tanh(s * 0.2 / 5)")),
+    "soft-cap-beyond-float-range": Case(spec=spec(score="500 * tanh(s / 100)"), limit=1e-4),
+    "soft-cap-sink": Case(spec=spec(score="5 * tanh(s / 25)", sink="t0.f[h]", captures=T0), captures=lambda: [torch.randn(2)]),
+    "alibi": Case(spec=spec(score=S + " + t0.f[h] * (j - i)", captures=T0), captures=lambda: [torch.rand(2)]),
+    "negative-scale": Case(spec=spec(score="-0.3 * s")),
+    "scale-of-a-size": Case(spec=spec(score="s / sqrt(n0)", sizes=("n0",)), sizes=(24,)),
+    "bias": Case(spec=spec("True", S + " + t0.f[0, h, i, j]", captures=T0), captures=lambda: [torch.randn(1, 2, T, T)]),
+    "bias-strided": Case(
+        spec=spec("j <= i", S + " + t0.f[0, h, i, j]", captures=T0), captures=lambda: [torch.randn(1, T, T, 2).permute(0, 3, 1, 2)]
+    ),
+    "bias-of-lowest": Case(spec=spec("True", S + " + t0.f[0, 0, i, j]", captures=T0), captures=lambda: [additive_causal()]),
+    "bias-by-key": Case(
+        spec=spec("True", S + " + t0.f[b, j]", captures=T0), captures=lambda: [torch.where(left_padding(), 0.0, LOWEST)], b=2
+    ),
+    "bias-from-buckets": Case(
+        spec=spec("j <= i", S + " + t0.f[t1.i[i, j], h]", captures=T1), captures=lambda: [torch.randn(9, 2), buckets()]
+    ),
+    "bias-relative": Case(
+        spec=spec("True", S + " + t0.f[h, j - i + 96]", captures=T0), captures=lambda: [torch.randn(2, 2 * T)]
+    ),
+    "score-of-where": Case(spec=spec("True", f"where(j <= i, {S}, -inf)")),
+    "sink": Case(spec=spec("(j <= i) & (i - j < 13)", sink="t0.f[h]", captures=T0), captures=lambda: [torch.randn(2)]),
+    "sink-over-empty-rows": Case(
+        spec=spec("j < i - 5", sink="t0.f[h, i]", captures=T0), captures=lambda: [torch.randn(2, T)]
+    ),
+    "sigmoid-gate": Case(spec=spec(score="s * sigmoid(s)")),
+    "head-80": Case(spec=spec(), d_qk=80, d_v=80, t_q=65, t_k=65),
+    "head-96-64": Case(spec=spec(), d_qk=96, d_v=64, h_kv=2, t_q=65, t_k=65),
+    "half": Case(spec=spec(), dtype=torch.float16, d_qk=64, d_v=64),
+    "half-soft-cap": Case(spec=spec(score="5 * tanh(s * 0.2 / 5)"), dtype=torch.float16, d_qk=64, d_v=64),
+    "uneven-tiles": Case(spec=spec("(j <= i) & (i - j < 20)"), tiles=(16, 64)),
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------------ the process
+
+
+def errors_of(case: Case) -> dict[str, float]:
+    """The largest error of each result, relative to the largest value of the reference; NaN must meet NaN, infinity infinity."""
+    torch.manual_seed(0)
+    captures = case.captures()
+    q = torch.randn(case.b, case.t_q, case.h, case.d_qk, dtype=case.dtype).transpose(1, 2)
+    k = torch.randn(case.b, case.h_kv, case.t_k, 2 * case.d_qk, dtype=case.dtype)[..., ::2]
+    v = torch.randn(case.b, case.h_kv, case.t_k, case.d_v, dtype=case.dtype)
+    launch = attention.Launch(block_m=case.tiles[0], block_n=case.tiles[1])
+    config = attention.Config(forward=launch, dq=launch, dkv=launch)
+    out, lse = attention.forward(q, k, v, captures, case.sizes, case.spec, config=config, out_layout=case.out_layout)  # type: ignore[arg-type]
+    grad = torch.randn(out.shape, dtype=out.dtype)
+    dq, dk, dv, d_sink = attention.backward(grad, q, k, v, out, lse, captures, case.sizes, case.spec, config=config)
+    ours = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv, "d_sink": d_sink}
+
+    problem = attention.Problem(d_qk=case.d_qk, d_v=case.d_v, dtype=case.dtype, arch="cpu")
+    module = emit.load_kernel(emit.write_kernel(attention.source(case.spec, problem, config=config), attention._directory))
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    expected, expected_lse = module.reference(*leaves, *captures, *case.sizes)
+    grads = torch.autograd.grad(expected, leaves, grad.double())
+    theirs = {"out": expected, "lse": expected_lse, **dict(zip(("dq", "dk", "dv"), grads, strict=True))}
+    if d_sink is not None:
+        ours["d_sink"], theirs["d_sink"] = sink_gradients(module, case, captures, leaves, grad, d_sink)
+    dense = out.transpose(1, 2) if case.out_layout == "bthd" else out
+    return {"layout": 0.0 if dense.is_contiguous() else 1.0} | {name: difference(ours[name], theirs[name]) for name in theirs}  # type: ignore[arg-type]
+
+
+def sink_gradients(
+    module: Any, case: Case, captures: list[Tensor], leaves: list[Tensor], grad: Tensor, d_sink: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Of the captured sink, [H] or [H, TQ]: the kernels' rows summed up, and autograd's."""
+    sink = captures[0].double().requires_grad_()
+    expected, _ = module.reference(*(x.detach() for x in leaves), sink, *captures[1:], *case.sizes)
+    rows = d_sink.sum((0, 2) if sink.ndim == 1 else 0)
+    return rows, torch.autograd.grad(expected, sink, grad.double())[0]
+
+
+def difference(ours: Tensor, theirs: Tensor) -> float:
+    ours, theirs = ours.detach().double(), theirs.detach().double()
+    special = ~torch.isfinite(theirs)
+    same = torch.equal(torch.nan_to_num(ours[special], nan=1.5), torch.nan_to_num(theirs[special], nan=1.5))
+    if not same or not torch.isfinite(ours[~special]).all():
+        return math.inf
+    if (~special).sum() == 0:
+        return 0.0
+    return ((ours - theirs)[~special].abs().max() / theirs[~special].abs().max().clamp(min=0.5)).item()
+
+
+def script_output(case: Case) -> list[str]:
+    """What the kernel file prints when it is run, at a small size."""
+    problem = attention.Problem(d_qk=case.d_qk, d_v=case.d_v, dtype=case.dtype, arch="cpu")
+    module = emit.load_kernel(emit.write_kernel(attention.source(case.spec, problem), attention._directory))
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        module.main(heads=2, h_kv=1, t=48, device="cpu")
+    return printed.getvalue().splitlines()
+
+
+def serve() -> None:
+    """Answers each line, what to do with which case, with one line of JSON."""
+    attention.set_directory(sys.argv[1])
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        try:
+            task, name = line.split()
+            answer: dict[str, Any] = {"result": {"compare": errors_of, "script": script_output}[task](CASES[name])}
+        except Exception:
+            answer = {"failure": traceback.format_exc()}
+        print(json.dumps(answer), flush=True)
+
+
+# -------------------------------------------------------------------------------------------------------------------- the tests
+
+
+@pytest.fixture(scope="module")
+def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
+    root = Path(__file__).resolve().parent.parent
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": str(root),
+        "PYTHONWARNINGS": "ignore",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, str(Path(__file__).resolve()), str(tmp_path_factory.mktemp("kernels"))]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    assert process.stdin is not None and process.stdout is not None
+
+    def ask(task: str, name: str) -> Any:
+        process.stdin.write(f"{task} {name}\n")  # type: ignore[union-attr]
+        process.stdin.flush()  # type: ignore[union-attr]
+        answer = json.loads(process.stdout.readline())  # type: ignore[union-attr]
+        assert "failure" not in answer, answer["failure"]
+        return answer["result"]
+
+    yield ask
+    process.stdin.close()
+    process.wait(timeout=30)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_results_and_gradients(name: str, interpreter: Ask) -> None:
+    case = CASES[name]
+    errors = interpreter("compare", name)
+    limit = 1e-2 if case.dtype == torch.float16 else case.limit
+    worst = {key: error for key, error in errors.items() if (key in case.checks or key == "layout") and not error <= limit}
+    assert not worst
+
+
+@pytest.mark.parametrize("name", ["causal", "documents", "bias-from-buckets", "prefix", "soft-cap", "padding-mean"])
+def test_the_file_checks_itself(name: str, interpreter: Ask) -> None:
+    lines = interpreter("script", name)
+    assert [line.split(":")[0].strip() for line in lines] == ["out", "dq", "dk", "dv"]
+    assert all(float(line.split("error ")[1].split(" of")[0]) < 1e-4 for line in lines)
+
+
+PROBLEM = attention.Problem(d_qk=64, d_v=64, dtype=torch.bfloat16, arch="sm_90")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_file_stands_alone(name: str) -> None:
+    text = attention.source(CASES[name].spec, PROBLEM)
+    assert text == attention.source(CASES[name].spec, PROBLEM)
+    tree = ast.parse(text)
+    modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    assert modules == {"torch", "triton", "triton.language"}
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    assert max(map(len, text.splitlines())) < 400
+
+
+@pytest.mark.parametrize(
+    ("name", "tabled"),
+    [("causal", False), ("window", False), ("prefix", False), ("lengths", False), ("cache-offset", False)]
+    + [("documents", True), ("dense-mask", True), ("padding-mean", True), ("first-keys-and-window", True)],
+)
+def test_a_table_only_where_the_mask_needs_one(name: str, tabled: bool) -> None:
+    assert ("table" in attention.source(CASES[name].spec, PROBLEM)) == tabled
+
+
+def test_no_maximum_where_the_score_is_bounded() -> None:
+    assert "peak = new_peak" not in attention.source(CASES["soft-cap"].spec, PROBLEM)
+    assert "peak = new_peak" in attention.source(CASES["soft-cap"].spec, replace(PROBLEM, dtype=torch.float16))
+    assert "peak = new_peak" in attention.source(CASES["soft-cap-sink"].spec, PROBLEM)
+
+
+def test_writing_is_safe_side_by_side(tmp_path: Path) -> None:
+    text = attention.source(CASES["causal"].spec, PROBLEM)
+    with ThreadPoolExecutor(8) as pool:
+        paths = set(pool.map(lambda _: emit.write_kernel(text, tmp_path), range(32)))
+    assert [path.read_text() for path in paths] == [text]
+    assert list(tmp_path.iterdir()) == list(paths)
+
+
+def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(KernelError, match="Expected a writable directory but got directory="):
+        emit.write_kernel("x = 1\n", tmp_path / "file")
+
+
+def test_a_load_from_a_tensor_that_is_not_captured_is_refused() -> None:
+    with pytest.raises(KernelError, match="but got tensor='t0'"):
+        attention.source(spec(score="s + t0.f[i, j]"), PROBLEM)
+
+
+def test_head_dimensions_beyond_256_are_refused() -> None:
+    with pytest.raises(KernelError, match="Expected head dimensions up to 256 but got d_qk=576"):
+        attention.source(spec(), replace(PROBLEM, d_qk=576, d_v=512))
+
+
+def shaped(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+BAD = {
+    "dtype": (shaped(1, 2, 4, 8, dtype=torch.float64), shaped(1, 2, 4, 8), shaped(1, 2, 4, 8), [], "one dtype"),
+    "rank": (shaped(2, 4, 8), shaped(1, 2, 4, 8), shaped(1, 2, 4, 8), [], "H a multiple of H_KV"),
+    "heads": (shaped(1, 3, 4, 8), shaped(1, 2, 4, 8), shaped(1, 2, 4, 8), [], "H a multiple of H_KV"),
+    "keys": (shaped(1, 2, 4, 8), shaped(1, 2, 5, 8), shaped(1, 2, 4, 8), [], "H a multiple of H_KV"),
+    "captures": (shaped(1, 2, 4, 8), shaped(1, 2, 4, 8), shaped(1, 2, 4, 8), [shaped(1)], "but got 1 tensors"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_operands_that_do_not_fit_are_refused(name: str) -> None:
+    q, k, v, captures, why = BAD[name]
+    with pytest.raises(KernelError, match=why):
+        attention.forward(q, k, v, captures, (), spec())
+
+
+def test_candidates_start_with_the_default_and_differ() -> None:
+    found = attention.candidates(spec(), PROBLEM)
+    assert found[0] == attention.default_config(spec(), PROBLEM)
+    assert len(set(found)) == len(found) > 3
+
+
+if __name__ == "__main__":
+    serve()
