@@ -113,7 +113,9 @@ def generates_for(hardware: Hardware) -> bool:
 
 
 def _library(match: Match, shape: _Shape, hardware: Hardware, fused: Work) -> list[Implementation]:
-    call = sdpa.as_call(match.spec, square=shape.tq == shape.tk and str(match.inputs["q"].shape[2]) == str(match.inputs["k"].shape[2]))
+    call = sdpa.as_call(
+        match.spec, square=shape.tq == shape.tk and str(match.inputs["q"].shape[2]) == str(match.inputs["k"].shape[2])
+    )
     if call is None or shape.d != shape.dv:
         return []
     if hardware.vendor == "cpu":

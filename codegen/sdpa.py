@@ -119,7 +119,12 @@ def _mask_node(builder: Builder, term: Term, q: Node, k: Node, captures: Mapping
     mask = evaluator.tensor(term, torch.bool if is_condition(term) else value.dtype)
     if mask.meta["val"].dtype not in (torch.bool, value.dtype):
         mask = builder.call(aten._to_copy.default, mask, dtype=value.dtype)
-    sizes_out = [_extent(builder, q, 0), _extent(builder, q, 1) if "h" in symbols else 1, _extent(builder, q, 2), _extent(builder, k, 2)]
+    sizes_out = [
+        _extent(builder, q, 0),
+        _extent(builder, q, 1) if "h" in symbols else 1,
+        _extent(builder, q, 2),
+        _extent(builder, k, 2),
+    ]
     return builder.call(aten.expand.default, mask, sizes_out)
 
 

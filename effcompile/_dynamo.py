@@ -17,11 +17,15 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+import torch._dynamo.config
 import torch._dynamo.utils
 import torch._inductor
 import torch._logging
 import torch.compiler.config
 from torch.fx import GraphModule
+
+
+_UNLIMITED = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -48,12 +52,14 @@ class Counters:
 def compile_apart(model: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
     """`torch.compile(model, backend=backend)` that leaves what else was compiled of `model` as it is.
 
-    A model that is compiled already is compiled from its original. Before torch 2.13 each call counts towards the recompile limit.
+    A model that is compiled already is compiled from its original. Before torch 2.13 each call counts towards the recompile limit
+    of later compilations of the same code.
     """
     original = getattr(model, "_orig_mod", None) or getattr(model, "_torchdynamo_orig_callable", None) or model
     apart = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
     compiled: Callable[..., Any] = torch.compile(original, backend=backend, **apart)
-    return compiled
+    unlimited = torch._dynamo.config.patch(recompile_limit=_UNLIMITED, accumulated_recompile_limit=_UNLIMITED)
+    return unlimited(compiled)
 
 
 def hint_of(value: Any) -> Any:

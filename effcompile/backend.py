@@ -30,13 +30,13 @@ from .codegen import choices
 from .config import Config
 from .cost_model import profiles, select
 from .cost_model.hardware import Hardware
-from .errors import ConfigError, LiftError, VerifyError
+from .errors import ConfigError, LiftError, VerifyError, summary
 from .explain import Frame, Report, last_report, record
 from .ir import Decision, Estimate, Match, Rejected, Rule
 from .passes import RULES
 from .passes.normalize import normalize
 from .pattern import GraphView
-from .rewrite import Attempt, attempt_again, attempt_all, is_stale, replace, summary
+from .rewrite import Attempt, attempt_again, attempt_all, is_stale, replace
 from .runtime import warn_once
 
 log = logging.getLogger(__name__)
@@ -347,12 +347,16 @@ def _compile_rewritten(
 def _fall_back(
     module: GraphModule, example_inputs: Sequence[Any], config: Config, compiler: Any, error: Exception, why: str
 ) -> Callable[..., Any]:
-    """What the option `fallback` says of a graph that we cannot handle. A graph that cannot be lifted is no failure of ours."""
+    """What the option `fallback` says of a graph that we cannot handle. A graph that cannot be lifted is no failure of ours.
+
+    Neither is one that cannot be compiled as it came, for which Dynamo has ways of its own.
+    """
     if config.fallback == "error":
         raise error
+    compiled = module.forward if config.fallback == "eager" else compiler(module, example_inputs, "")
     if not isinstance(error, LiftError):
         _failed(config, f"a graph was left to {config.fallback} as it came: {why}", error)
-    return module.forward if config.fallback == "eager" else compiler(module, example_inputs, "")
+    return compiled
 
 
 def _failed(config: Config, what: str, error: Exception) -> None:

@@ -24,7 +24,7 @@ class Builder:
         self.added: list[Node] = []
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
-        """Add a call of an ATen overload or an operator, with its fake value in `meta["val"]`. Added even if that value cannot be had."""
+        """Add a call of an ATen overload or an operator, with its fake value in `meta["val"]`; added even if that fails."""
         with self.graph.inserting_before(self.before):
             node = self.graph.call_function(target, args, kwargs)
         self.added.append(node)

@@ -1,7 +1,7 @@
 """One form for conditions and numbers that are written in several, so that equal meanings give equal specifications.
 
-    i - j < 4, j > i - 4, ~(j < i - 3)   ->  j >= i - 3          s / 8  ->  0.125 * s
-    (j <= i) & (j <= i + 1)              ->  j <= i              x - y != 0, ~(x == y)  ->  x != y
+i - j < 4, j > i - 4, ~(j < i - 3)   ->  j >= i - 3          s / 8  ->  0.125 * s
+(j <= i) & (j <= i + 1)              ->  j <= i              x - y != 0, ~(x == y)  ->  x != y
 """
 
 from __future__ import annotations
@@ -35,19 +35,25 @@ def _condition(term: Term, ranges: Ranges, key: sympy.Symbol) -> Term:
     if isinstance(term, Not):
         return _negated(term.args[0], ranges, key)
     if isinstance(term, Xor):
-        different = sympy.false
-        for part in term.args:
-            different = Or(And(different, Not(part)), And(Not(different), part))
-        return _condition(different, ranges, key) if different.args else different
+        return canonical(_spelled_out(term), ranges, key)
     if isinstance(term, (And, Or)):
         return _strongest(term.func, term.func(*(canonical(a, ranges, key) for a in term.args)), ranges)
     return term.func(*(canonical(a, ranges, key) for a in term.args))
 
 
+def _spelled_out(term: Xor) -> Term:
+    """`a ^ b` as `(a & ~b) | (~a & b)`."""
+    result = sympy.false
+    for part in term.args:
+        result = Or(And(result, Not(part)), And(Not(result), part))
+    return result
+
+
 def _negated(term: Term, ranges: Ranges, key: sympy.Symbol) -> Term:
+    term = _spelled_out(term) if isinstance(term, Xor) else term
     if isinstance(term, (And, Or)):
         dual = Or if isinstance(term, And) else And
-        return _condition(dual(*(Not(a) for a in term.args)), ranges, key)
+        return canonical(dual(*(Not(a) for a in term.args)), ranges, key)
     if isinstance(term, IsTrue):
         return Not(canonical(term, ranges, key))
     inner = canonical(term, ranges, key)
@@ -85,9 +91,9 @@ def _sides(difference: Term) -> tuple[Term, Term]:
     parts = sympy.Add.make_args(difference)
     minus = [part for part in parts if part.could_extract_minus_sign()]
     plus = [part for part in parts if part not in minus]
-    constant = sympy.Add(*(part for part in plus if part.is_number))
-    if constant != difference:
-        plus, minus = [part for part in plus if not part.is_number], [*minus, constant]
+    constants = [part for part in plus if part.is_number]
+    if len(constants) < len(plus):
+        plus, minus = [part for part in plus if part not in constants], [*minus, *constants]
     return sympy.Add(*plus), -sympy.Add(*minus)
 
 

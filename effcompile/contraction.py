@@ -1,6 +1,6 @@
 """Contractions in one form: two operands, their indices as letters, and the summed letter.
 
-    matmul(A, B)[..., m, n] = sum_r A[..., m, r] B[..., r, n]        einsum("bhid,bhjd->bhij", Q, K)
+matmul(A, B)[..., m, n] = sum_r A[..., m, r] B[..., r, n]        einsum("bhid,bhjd->bhij", Q, K)
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """To see why a pass does what it does: one graph, one pass, every attempt; and a compile as files to read and run.
 
-    graph = effcompile.debug.capture(model, *inputs)
-    graph, log = effcompile.debug.run_pass("attention", graph)
+graph = effcompile.debug.capture(model, *inputs)
+graph, log = effcompile.debug.run_pass("attention", graph)
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -21,7 +21,6 @@ from . import _dynamo, standalone, trace
 from .backend import Pipeline, Settled, copied, graph_modules
 from .codegen import attention
 from .config import Config
-from .cost_model import profiles
 from .errors import CaptureError, ConfigError, LiftError
 from .explain import Frame, Report
 from .ir import Match

@@ -97,7 +97,7 @@ ARITHMETIC: dict[Any, Operation] = {
     aten.sqrt.default: sympy.sqrt,
     aten.rsqrt.default: lambda x: 1 / sympy.sqrt(x),
     aten.tanh.default: sympy.tanh,
-    aten.sigmoid.default: Sigmoid,
+    aten.sigmoid.default: lambda x: Sigmoid(x) if x not in (sympy.oo, -sympy.oo) else sympy.S.One if x > 0 else sympy.S.Zero,
     aten.silu.default: _silu,
     aten.relu.default: _relu,
     aten.erf.default: sympy.erf,
@@ -130,7 +130,10 @@ def _logical(combine: Callable[..., Term]) -> Operation:
 
 
 CONDITIONS: dict[Any, Operation] = {
-    **{op: _logical(And) for op in (aten.logical_and.default, aten.bitwise_and.Tensor, aten.__and__.Tensor, aten.bitwise_and.Scalar)},
+    **{
+        op: _logical(And)
+        for op in (aten.logical_and.default, aten.bitwise_and.Tensor, aten.__and__.Tensor, aten.bitwise_and.Scalar)
+    },
     **{op: _logical(Or) for op in (aten.logical_or.default, aten.bitwise_or.Tensor, aten.__or__.Tensor, aten.bitwise_or.Scalar)},
     **{op: _logical(Xor) for op in (aten.logical_xor.default, aten.bitwise_xor.Tensor, aten.__xor__.Tensor)},
     **{op: _logical(Not) for op in (aten.logical_not.default, aten.bitwise_not.default)},
@@ -148,18 +151,10 @@ def compare(ranges: Ranges, relation: Any, a: Term, b: Term) -> Term:
     return ranges.compare(relation, as_number(a), as_number(b))
 
 
-def floor_divide(ranges: Ranges, a: Term, b: Term) -> Term:
-    """`a // b`, rounding towards minus infinity."""
-    if a.is_integer and b.is_integer:
-        return ranges.floordiv(a, b)
-    return sympy.floor(a / b)
-
-
 def divide(ranges: Ranges, a: Term, b: Term, rounding_mode: str | None) -> Term:
-    """`aten.div` with its rounding mode."""
-    a, b = as_number(a), as_number(b)
+    """`aten.div` with its rounding mode, which is "floor" or "trunc" for integers only."""
     if rounding_mode is None:
         return a / b
-    if rounding_mode == "floor" or (ranges.is_nonnegative(a) and b.is_positive):
-        return floor_divide(ranges, a, b)
+    if rounding_mode == "floor" or (ranges.is_nonnegative(a) and ranges.is_nonnegative(b)):
+        return ranges.floordiv(a, b)
     return truncate(a / b)

@@ -41,3 +41,8 @@ class ExpressionError(EffcompileError, ValueError):
 
 class KernelError(EffcompileError):
     """A kernel that could not be generated, built or launched."""
+
+
+def summary(error: BaseException) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {(str(error).strip() or '(no message)').splitlines()[0]}"

@@ -166,20 +166,11 @@ class Evaluator:
 
     def _load(self, term: Load) -> Any:
         source = self.captures[term.tensor]
-        indices = [self._position(i, source, dim) for dim, i in enumerate(term.indices)]
+        indices = [self.tensor(i, torch.int64) for i in term.indices]
         value = self.call(aten.index.Tensor, source, indices) if indices else source
         if isinstance(term, BoolLoad):
             return value
         return self.call(aten._to_copy.default, value, dtype=self.dtype) if type(term) is Load else value
-
-    def _position(self, index: Term, source: Any, dim: int) -> Any:
-        """An index within the tensor: the branch of a `Where` that is not taken may ask for one outside."""
-        position = self.tensor(index, torch.int64)
-        if index.is_Integer or (isinstance(index, sympy.Symbol) and _covers(_value_of(source).shape[dim], _value_of(position).numel())):
-            return position
-        size = self.call(aten.sym_size.int, source, dim)
-        inside = self.call(aten.logical_and.default, self.call(aten.ge.Scalar, position, 0), self.call(aten.lt.Scalar, position, size))
-        return self.call(aten.mul.Tensor, position, inside)
 
     def _is_true(self, term: IsTrue) -> Any:
         value = self.evaluate(term.args[0])
@@ -197,10 +188,15 @@ class Evaluator:
         base, exponent = term.args
         if exponent.is_number:
             value = int(exponent) if exponent.is_Integer else float(exponent)
-            return self.call(aten.pow.Tensor_Scalar, self._floating(base), value)
+            return self.call(aten.pow.Tensor_Scalar, self._converted(base), value)
         if base.is_number:
             return self.call(aten.pow.Scalar, float(base), self._floating(exponent))
-        return self.call(aten.pow.Tensor_Tensor, self._floating(base), self._floating(exponent))
+        return self.call(aten.pow.Tensor_Tensor, self._converted(base), self._floating(exponent))
+
+    def _converted(self, term: Term) -> Any:
+        """A term in floating point, of which any power exists."""
+        value = self._floating(term)
+        return value if _dtype_of(value).is_floating_point else self.call(aten._to_copy.default, value, dtype=self.dtype)
 
 
 def _value_of(value: Any) -> torch.Tensor:
@@ -210,8 +206,3 @@ def _value_of(value: Any) -> torch.Tensor:
 
 def _dtype_of(value: Any) -> torch.dtype:
     return _value_of(value).dtype
-
-
-def _covers(size: Any, count: Any) -> bool:
-    """Whether a dimension is as long as an index of so many values, which begins at 0."""
-    return str(size) == str(count)

@@ -21,9 +21,9 @@ from torch.fx import Node
 from . import elementwise
 from .contraction import Contraction, Dot, contraction_of
 from .elementwise import as_condition, as_number
-from .faithful import is_exact, simple_number, stands_for
+from .faithful import is_exact, is_finite_choice, rounded, simple_number, stands_for
 from .ranges import Ranges
-from .terms import BoolLoad, IntLoad, IsTrue, Load, Term, Where, is_condition, number
+from .terms import BoolLoad, IntLoad, IsTrue, Load, Term, Where, integer_symbol, is_condition, number
 from .viewmaps import Index, argument_term, broadcast, from_the_start, shape_of, size_term, slice_start, view_source
 
 aten = torch.ops.aten
@@ -44,12 +44,17 @@ class Interpreter:
         self.is_opaque = is_opaque
         self.loaded: dict[str, Node] = {}
         self.visited: set[Node] = set()
-        self._memo: dict[tuple[Node, Index], Term] = {}
-        self._depth = 0
+        self._memo: dict[tuple[Node, Index, bool], Term] = {}
+        self._depth = self._branches = 0
+
+    @property
+    def nesting(self) -> int:
+        """How many elements are being read, each for the one before."""
+        return self._depth
 
     def element(self, node: Node, index: Index) -> Term:
         """The element of `node` at `index`, one term for each dimension."""
-        key = (node, index)
+        key = (node, index, self._branches > 0)
         found = self._memo.get(key)
         if found is None:
             self._depth += 1
@@ -59,21 +64,39 @@ class Interpreter:
                 self._depth -= 1
         return found
 
+    def branch(self, node: Node, index: Index) -> Term:
+        """The element of `node` in one branch of a `Where`; at an index outside of `node`, where the other is taken, any element."""
+        self._branches += 1
+        try:
+            return self.element(node, index)
+        finally:
+            self._branches -= 1
+
     def load(self, node: Node, index: Index) -> Term:
         """The element as a load of `node`'s materialised tensor."""
         value = node.meta["val"]
         self.loaded[node.name] = node
-        index = tuple(sympy.S.Zero if n == 1 else i for i, n in zip(index, shape_of(node), strict=True))
+        index = tuple(self._within(i, n) if n != 1 else sympy.S.Zero for i, n in zip(index, shape_of(node), strict=True))
         name = sympy.Symbol(node.name)
         if value.dtype is torch.bool:
             return IsTrue(BoolLoad(name, *index))
         return (Load if value.dtype.is_floating_point else IntLoad)(name, *index)
+
+    def _within(self, index: Term, size: Term) -> Term:
+        if not self._branches or self.ranges.is_below(index, size):
+            return index
+        below = index if self.ranges.is_nonnegative(size - 1 - index) else sympy.Min(index, size - 1)
+        return below if self.ranges.is_nonnegative(index) else sympy.Max(below, 0)
 
     def contraction(self, dot: Dot) -> Contraction:
         """The contraction that a `Dot` is an element of."""
         found = contraction_of(self.loaded[dot.node_name])
         assert found is not None
         return found
+
+    def is_sought(self, term: Term) -> bool:
+        """Whether a term is, or is made of, what stops the interpreter: scores, or a node that is opaque to it."""
+        return bool(term.has(Dot)) or (isinstance(term, Load) and self.is_opaque(self.loaded[term.tensor]))
 
     # ---------------------------------------------------------------- one node
 
@@ -96,7 +119,7 @@ class Interpreter:
         if result is None or not stands_for(result, node.meta["val"].dtype, self.ranges):
             return self.load(node, index)
         self.visited.add(node)
-        return simple_number(result)
+        return result
 
     def _constant(self, node: Node, index: Index) -> Term:
         value = constant_value(node)
@@ -118,9 +141,13 @@ class Interpreter:
             return None
         if node.target in elementwise.DISCONTINUOUS and not all(is_exact(a) for a in arguments if a is not None):
             return None
+        if node.target in elementwise.RELATIONS:
+            arguments = [rounded(a, node.args[0].meta["val"].dtype) for a in arguments]
         return self.apply(lambda *a: self._operate(node.target, a, keywords), arguments, is_float(node))
 
     def _operate(self, target: Any, arguments: tuple[Any, ...], keywords: dict[str, Term]) -> Term:
+        if sympy.nan in arguments and target not in elementwise.CONDITIONS:
+            return sympy.nan if target not in elementwise.RELATIONS else truth(elementwise.RELATIONS[target] is sympy.Ne)
         if target in elementwise.RELATIONS:
             return elementwise.compare(self.ranges, elementwise.RELATIONS[target], *arguments)
         if target in elementwise.CONDITIONS:
@@ -142,7 +169,7 @@ class Interpreter:
                 self.apply(operation, [*arguments[:k], then, *arguments[k + 1 :]], floating),
                 self.apply(operation, [*arguments[:k], otherwise, *arguments[k + 1 :]], floating),
             )
-        return operation(*arguments)
+        return simple_number(operation(*arguments))
 
 
 def is_float(node: Node) -> bool:
@@ -238,6 +265,8 @@ def _cast(interpreter: Interpreter, node: Node, index: Index) -> Term | None:
         return as_condition(term) if is_exact(term) else None
     if before.is_floating_point and not after.is_floating_point:
         return as_number(term) if term.is_integer else None  # rounding decides which integer: leave it to the original
+    if before.is_floating_point and torch.promote_types(before, after) is not after and not interpreter.is_sought(term):
+        return interpreter.apply(lambda x: rounded(x, after), [term], True) if is_finite_choice(term) else None
     return as_number(term)
 
 
@@ -272,20 +301,24 @@ def _triangle(interpreter: Interpreter, node: Node, index: Index) -> Term | None
 
 @_rule(aten.div.Tensor_mode, aten.div.Scalar_mode)
 def _divide(interpreter: Interpreter, node: Node, index: Index) -> Term | None:
-    a, b = (interpreter.argument(x, index) for x in node.args[:2])
-    mode = node.kwargs.get("rounding_mode")
-    return interpreter.apply(lambda x, y: elementwise.divide(interpreter.ranges, x, y, mode), [a, b])
+    return _quotient(interpreter, node, index, node.kwargs.get("rounding_mode"))
 
 
 @_rule(aten.floor_divide.default, aten.floor_divide.Scalar)
 def _floor_divide(interpreter: Interpreter, node: Node, index: Index) -> Term | None:
-    a, b = (interpreter.argument(x, index) for x in node.args[:2])
-    return interpreter.apply(lambda x, y: elementwise.floor_divide(interpreter.ranges, x, y), [a, b])
+    return _quotient(interpreter, node, index, "floor")
+
+
+def _quotient(interpreter: Interpreter, node: Node, index: Index, mode: str | None) -> Term | None:
+    a, b = (as_number(interpreter.argument(x, index)) for x in node.args[:2])
+    if mode is not None and not (a.is_integer and b.is_integer):
+        return None
+    return interpreter.apply(lambda x, y: elementwise.divide(interpreter.ranges, x, y, mode), [a, b], is_float(node))
 
 
 @_rule(aten.remainder.Scalar, aten.remainder.Tensor)
 def _remainder(interpreter: Interpreter, node: Node, index: Index) -> Term | None:
-    a, b = (interpreter.argument(x, index) for x in node.args[:2])
+    a, b = (as_number(interpreter.argument(x, index)) for x in node.args[:2])
     if not (a.is_integer and b.is_integer):
         return None
     return interpreter.apply(interpreter.ranges.modulo, [a, b])
@@ -320,7 +353,7 @@ def _pick(interpreter: Interpreter, node: Node, index: Index, dim: int, pieces: 
     if inside is sympy.false:
         return _pick(interpreter, node, index, dim, pieces[1:])
     there = tuple(k - start if d == dim else i for d, i in enumerate(index))
-    then = interpreter.element(part, there)
+    then = interpreter.branch(part, there)
     if inside is sympy.true:
         return then
     return _choose(interpreter, node, inside, then, _pick(interpreter, node, index, dim, pieces[1:]))
@@ -338,10 +371,20 @@ def _stack(interpreter: Interpreter, node: Node, index: Index) -> Term | None:
     return result
 
 
-@_rule(aten.constant_pad_nd.default)
+@_rule(aten.pad.default)
 def _pad(interpreter: Interpreter, node: Node, index: Index) -> Term | None:
+    mode, value = (*node.args[2:], *("constant", None)[len(node.args[2:]) :])  # type: ignore[misc]
+    return _pad_with(interpreter, node, index, value) if mode == "constant" else None
+
+
+@_rule(aten.constant_pad_nd.default)
+def _constant_pad(interpreter: Interpreter, node: Node, index: Index) -> Term | None:
+    return _pad_with(interpreter, node, index, node.args[2] if len(node.args) > 2 else None)
+
+
+def _pad_with(interpreter: Interpreter, node: Node, index: Index, value: Any) -> Term | None:
     source, pads = node.args[0], node.args[1]
-    fill = _of_dtype(node, _scalar(node.args[2]) if len(node.args) > 2 else sympy.S.Zero)
+    fill = _of_dtype(node, sympy.S.Zero if value is None else _scalar(value))
     shape = shape_of(source)
     inside: Term = sympy.true
     there = list(index)
@@ -351,7 +394,7 @@ def _pad(interpreter: Interpreter, node: Node, index: Index) -> Term | None:
         low = interpreter.ranges.compare(sympy.Ge, there[dim], sympy.S.Zero)
         high = interpreter.ranges.compare(sympy.Lt, there[dim], shape[dim])
         inside = sympy.And(inside, low, high)
-    return None if fill is None else _choose(interpreter, node, inside, interpreter.element(source, tuple(there)), fill)
+    return None if fill is None else _choose(interpreter, node, inside, interpreter.branch(source, tuple(there)), fill)
 
 
 @_rule(aten.index.Tensor, aten._unsafe_index.Tensor)
@@ -431,7 +474,7 @@ def _diff(interpreter: Interpreter, node: Node, index: Index) -> Term | None:
         pieces.append((length, shape_of(source)[dim], source))
         return _pick(interpreter, node, tuple(k if d == dim else i for d, i in enumerate(index)), dim, pieces)
 
-    if node.meta["val"].dtype is torch.bool:
+    if node.meta["val"].dtype is torch.bool or is_float(node):  # infinities do not cancel
         return None
     later, earlier = at(sympy.expand(index[dim] + 1)), at(index[dim])
     return interpreter.apply(lambda a, b: sympy.expand(a - b), [later, earlier])
@@ -442,8 +485,10 @@ def _cumsum(interpreter: Interpreter, node: Node, index: Index) -> Term | None:
     """The cumulative sum of a constant c is c * (k + 1); of anything else it is loaded."""
     source = node.args[0]
     dim = wrap_dim(node.args[1], len(index)) if index else 0
-    term = as_number(interpreter.element(source, index))
-    return term * (index[dim] + 1) if term.is_number else None
+    any_position = integer_symbol(f"k{interpreter.nesting}")
+    interpreter.ranges.add(any_position, shape_of(source)[dim] if index else sympy.S.One)
+    term = as_number(interpreter.element(source, tuple(any_position if d == dim else i for d, i in enumerate(index))))
+    return term * (index[dim] + 1 if index else 1) if term.is_number else None
 
 
 @_rule(aten.slice_scatter.default)
@@ -458,7 +503,7 @@ def _slice_scatter(interpreter: Interpreter, node: Node, index: Index) -> Term |
     inside = sympy.And(ranges.compare(sympy.Ge, k, start), ranges.compare(sympy.Lt, k, start + size))
     if inside is sympy.false:
         return interpreter.element(target, index)
-    then = interpreter.element(source, tuple(k - start if d == dim else i for d, i in enumerate(index)))
+    then = interpreter.branch(source, tuple(k - start if d == dim else i for d, i in enumerate(index)))
     return then if inside is sympy.true else _choose(interpreter, node, inside, then, interpreter.element(target, index))
 
 

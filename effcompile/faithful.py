@@ -1,7 +1,7 @@
 """Where a term, which is exact, may stand for an element, which was rounded.
 
-Leaving out roundings changes a sum by its last digits, and a comparison altogether: `arange(300).bfloat16() == 257` is never true. An
-element whose term could differ in more than its last digits is loaded instead.
+Leaving out roundings changes a sum by its last digits, and a comparison altogether: `arange(300).bfloat16() == 255` holds once, and
+`== 257` twice. An element whose term could differ from it in more than its last digits is loaded instead.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import torch
 
 from .contraction import Dot
 from .ranges import Ranges
-from .terms import Load, Term, Where, is_condition
+from .terms import Load, Term, Where, is_condition, number
 
 _OFFSET = 2.0  # a constant up to here loses no more digits of a logit than the logit's own rounding
 _NARROW = (torch.float16, torch.bfloat16)
-_UNREAL = (sympy.zoo, sympy.I)
+_UNREAL = (sympy.zoo, sympy.I, sympy.AccumBounds)
 
 
 def simple_number(term: Term) -> Term:
@@ -25,6 +25,20 @@ def simple_number(term: Term) -> Term:
     return sympy.Float(float(term)) if term.is_real else term
 
 
+def rounded(term: Term, dtype: torch.dtype) -> Term:
+    """A number as a narrow dtype holds it; other terms unchanged."""
+    if dtype not in _NARROW or not term.is_number or not term.is_finite:
+        return term
+    return number(torch.tensor(float(term), dtype=dtype).item())
+
+
+def is_finite_choice(term: Term) -> bool:
+    """Whether a term is an integer, a number, or a choice among such: what a cast does to it is known."""
+    if isinstance(term, Where):
+        return all(is_finite_choice(a) for a in term.args[1:])
+    return bool(is_condition(term) or term.is_number or term.is_integer)
+
+
 def stands_for(term: Term, dtype: torch.dtype, ranges: Ranges) -> bool:
     """Whether the term of an element of this dtype differs from it in its last digits at most."""
     if is_condition(term):
@@ -32,7 +46,9 @@ def stands_for(term: Term, dtype: torch.dtype, ranges: Ranges) -> bool:
     if term.has(*_UNREAL):
         return False
     if not dtype.is_floating_point:
-        return dtype in (torch.int64, torch.int32, torch.bool) or _within(term, torch.iinfo(dtype).min, torch.iinfo(dtype).max, ranges)
+        return dtype in (torch.int64, torch.int32, torch.bool) or _within(
+            term, torch.iinfo(dtype).min, torch.iinfo(dtype).max, ranges
+        )
     if dtype in _NARROW and term.is_integer and not term.is_number:
         most = int(2 / torch.finfo(dtype).eps)
         return _within(term, -most, most, ranges)

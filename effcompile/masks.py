@@ -1,7 +1,7 @@
 """Takes a logit apart: the score, the condition under which a key takes part, and what a row without any key yields.
 
-    s + where(c, 0, -inf)          -> score s, mask c          where(c, s, finfo.min)  -> score s, mask c
-    where(c, s + bias, -1e30)      -> score s + bias, mask c   (s + where(c, 0, -inf)) * 2 -> score 2*s, mask c
+s + where(c, 0, -inf)          -> score s, mask c          where(c, s, finfo.min)  -> score s, mask c
+where(c, s + bias, -1e30)      -> score s + bias, mask c   (s + where(c, 0, -inf)) * 2 -> score 2*s, mask c
 """
 
 from __future__ import annotations

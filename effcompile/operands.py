@@ -36,7 +36,9 @@ class Traced:
     group: int
 
 
-def trace(node: Node, index: Index, ranges: Ranges, head: Term, roles: tuple[Term, ...], stop: Callable[[Node], bool]) -> list[Traced]:
+def trace(
+    node: Node, index: Index, ranges: Ranges, head: Term, roles: tuple[Term, ...], stop: Callable[[Node], bool]
+) -> list[Traced]:
     """All nodes back from an operand that could be passed instead of it, the nearest first.
 
     Args:
@@ -115,7 +117,9 @@ def simple_group(index: Index, head: Term, roles: tuple[Term, ...]) -> int | Non
     return group
 
 
-def as_operand(traced: Traced, roles: tuple[Term, ...], shape: Index, dtype: torch.dtype, concrete: Callable[[Term], Any]) -> Operand:
+def as_operand(
+    traced: Traced, roles: tuple[Term, ...], shape: Index, dtype: torch.dtype, concrete: Callable[[Term], Any]
+) -> Operand:
     """The views that bring a traced tensor into the order of `roles`, with dimensions of size 1 where it has none.
 
     Args:

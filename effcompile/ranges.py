@@ -1,9 +1,9 @@
 """What is known of the integer symbols of an index expression, and the simplifications that it licenses.
 
-    FloorDiv(n*q + r, n) -> q        if 0 <= r < n
-    Modulo(n*q + r, n)   -> r        if 0 <= r < n
-    a < b                -> True     if the upper bound of a - b is negative
-    Where(c, a, b)       -> Where(c, a given c, b given not c)
+FloorDiv(n*q + r, n) -> q        if 0 <= r < n
+Modulo(n*q + r, n)   -> r        if 0 <= r < n
+a < b                -> True     if the upper bound of a - b is negative
+Where(c, a, b)       -> Where(c, a given c, b given not c)
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ class Ranges:
 
     def add(self, symbol: sympy.Symbol, size: Term) -> None:
         """`symbol` runs over 0 .. size - 1."""
+        if symbol in self._bounds:
+            self._cache.clear()
         self._bounds[symbol] = (sympy.S.Zero, size - 1)
 
     def get(self, symbol: sympy.Symbol) -> tuple[Term, Term] | None:

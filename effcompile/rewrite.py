@@ -16,7 +16,7 @@ import torch
 from torch.fx import Graph, Node
 
 from .builder import Builder
-from .errors import VerifyError
+from .errors import VerifyError, summary
 from .ir import Match, Operand, Rejected, Rule
 from .pattern import GraphView, describe, module_path, source_line
 from .terms import integer_symbol
@@ -112,11 +112,6 @@ def _attempt(rule: Rule, node: Node, view: GraphView) -> Attempt:
     )
 
 
-def summary(error: BaseException) -> str:
-    """An exception in one line."""
-    return f"{type(error).__name__}: {(str(error).strip() or '(no message)').splitlines()[0]}"
-
-
 # -------------------------------------------------------------------- replacing
 
 
@@ -190,7 +185,8 @@ def _in_layout(builder: Builder, result: Node, match: Match) -> Node:
         if sum(not isinstance(n, int) for n in sizes) > 1:
             raise VerifyError("Expected at most one symbolic batch dimension in the output but got several")
         merged = builder.call(aten.flatten.using_ints, result, 0, 1)
-        result = builder.call(aten.unflatten.int, merged, 0, [n if isinstance(n, int) else -1 for n in sizes]) if len(sizes) > 1 else merged
+        lengths = [n if isinstance(n, int) else -1 for n in sizes]
+        result = builder.call(aten.unflatten.int, merged, 0, lengths) if len(sizes) > 1 else merged
     dims = [*batch, match.layout.index(_I), match.layout.index(_D)]
     order = [dims.index(k) for k in range(len(dims))]
     if order != sorted(order):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .config import failing_kernels_raise
-from .errors import EffcompileWarning
+from .errors import EffcompileWarning, summary
 from .ops import attention as op
 
 _warned: set[str] = set()
@@ -28,7 +28,7 @@ def parse(spec: str) -> op.AttentionSpec:
 
 
 def _attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captures: Any, sizes: Any, spec: str, layout: str
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captures: Any, sizes: Any, spec: str, layout: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from .codegen import attention
 
@@ -40,7 +40,7 @@ def _attention(
         out.copy_(result)
         return out, lse.float()
 
-    return _guarded(lambda: attention.forward(q, k, v, captures, sizes, parsed, out_layout=layout), reference)  # type: ignore[arg-type]
+    return _guarded(lambda: attention.forward(q, k, v, captures, sizes, parsed, out_layout=layout), reference)
 
 
 def _attention_backward(
@@ -56,7 +56,7 @@ def _attention_backward(
 
 
 def _guarded(kernel: Callable[[], Any], reference: Callable[[], Any]) -> Any:
-    """`kernel()`, or if that fails to be built or launched, `reference()` with a warning. Running out of memory is no such failure."""
+    """`kernel()`; if that cannot be built or launched, `reference()` with a warning. Lack of memory is no such failure."""
     try:
         return kernel()
     except torch.OutOfMemoryError:
@@ -64,8 +64,7 @@ def _guarded(kernel: Callable[[], Any], reference: Callable[[], Any]) -> Any:
     except Exception as error:
         if failing_kernels_raise():
             raise
-        reason = (str(error).strip() or "(no message)").splitlines()[0]
-        warn_once(f"effarch: an attention is computed by its reference, which materialises the scores: {type(error).__name__}: {reason}")
+        warn_once(f"effarch: an attention is computed by its reference, which materialises the scores: {summary(error)}")
         return reference()
 
 

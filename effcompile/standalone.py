@@ -23,6 +23,7 @@ _PROVIDED = {"torch", "device", "inf", "nan", "NoneType"}
 _PRELUDE = """from math import inf, nan
 
 import torch
+import torch.fx
 from torch import device
 {imports}
 NoneType = type(None)
@@ -109,7 +110,7 @@ def _classes(module: GraphModule, name: str, constants: dict[str, torch.Tensor])
         if isinstance(value, GraphModule):
             body = f"{name}_{re.sub(r'[^0-9a-zA-Z_]', '_', target)}"
             yield from _classes(value, body, constants)
-            lines.append(f"self.{target} = {body}()")
+            lines.append(f"self.{target} = torch.fx.symbolic_trace({body}())  # higher-order operators take GraphModules")
         elif isinstance(value, torch.Tensor):
             lines.append(f"self.{target} = {_constant(f'{name}.{target}', value, constants)}")
         else:

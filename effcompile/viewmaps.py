@@ -1,6 +1,6 @@
 """Index maps of views: from an index into a view's result to an index into its input.
 
-    transpose(x)[i, j] = x[j, i]        expand(x)[i, j] = x[0, j]        reshape(x)[k] = x[k // n, k % n]
+transpose(x)[i, j] = x[j, i]        expand(x)[i, j] = x[0, j]        reshape(x)[k] = x[k // n, k % n]
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 from torch.fx import Node
 
 from .ranges import Ranges, recombine
-from .terms import Term, integer_symbol
 from .terms import FloorDiv as FloorDivTerm
+from .terms import Term, integer_symbol
 
 aten = torch.ops.aten
 
@@ -195,10 +195,11 @@ def _repeat(node: Node, index: Index, ranges: Ranges) -> Index:
 
 
 def _repeat_interleave(node: Node, index: Index, ranges: Ranges) -> Index | None:
-    if len(node.args) < 3 or node.args[2] is None:
-        return None
-    dim = _dim(node.args[2], len(index))
     repeats = argument_term(node.args[1])
+    if len(node.args) < 3 or node.args[2] is None:
+        shape = shape_of(node.args[0])
+        return reshape((ranges.floordiv(index[0], repeats),), (sympy.expand(sympy.Mul(*shape)),), shape, ranges)
+    dim = _dim(node.args[2], len(index))
     return tuple(ranges.floordiv(i, repeats) if k == dim else i for k, i in enumerate(index))
 
 

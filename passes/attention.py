@@ -105,6 +105,8 @@ class _Refold(Exception):
 
 
 def parts_in(anchor: Node, view: GraphView, values: Contraction, side: int, at: Coordinates) -> Parts:
+    """Everything of the attention whose output contraction reads in these coordinates."""
+    _check_modes(anchor, values.node, view)
     where, keys_with_sink = _probability_index(anchor, view, values, side, at)
     extra = sympy.expand(keys_with_sink - at.extents["j"])
     if extra not in (0, 1):
@@ -155,6 +157,7 @@ def _values_contraction(anchor: Node) -> tuple[Contraction, int]:
     """The contraction that the probabilities feed, and which of its operands they are."""
     found = list(contractions_after(anchor))
     if not found:
+        _check_changed(anchor)
         raise Stop("anchor", "the softmax feeds no contraction", anchor)
     if len(found) > 1:
         raise Stop("probabilities", f"the probabilities feed {len(found)} contractions", found[1][0])
@@ -167,6 +170,41 @@ def _values_contraction(anchor: Node) -> tuple[Contraction, int]:
         raise Stop("probabilities", "the contraction with the values adds a bias", node)
     _check_dropout(anchor, operand)
     return contraction, contraction.operands.index(operand)
+
+
+def _check_changed(anchor: Node) -> None:
+    """Refuse probabilities that other operations change, element by element, before a contraction over the axis of the softmax."""
+    dim, seen, frontier = _softmax_dim(anchor), {anchor}, [anchor]
+    first: dict[Node, Node] = {}
+    while frontier:
+        node = frontier.pop()
+        for user in node.users:
+            contraction = contraction_of(user)
+            if contraction is not None:
+                axes = [
+                    x.index(contraction.summed) for n, x in zip(contraction.operands, contraction.letters, strict=True) if n is node
+                ]
+                if node in first and dim in axes:
+                    raise Stop(
+                        "probabilities",
+                        f"the probabilities are changed by {describe(first[node])} before they meet the values",
+                        user,
+                    )
+            elif user not in seen and _has_shape_of(user, anchor):
+                seen.add(user)
+                frontier.append(user)
+                if node in first or not is_passage(user):
+                    first[user] = first.get(node, user)
+
+
+def _has_shape_of(node: Node, other: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and tuple(value.shape) == tuple(other.meta["val"].shape)
+
+
+def _check_modes(anchor: Node, values: Node, view: GraphView) -> None:
+    if view.regions.get(anchor) != view.regions.get(values):
+        raise Stop("modes", "grad mode or autocast changes between the softmax and the contraction with the values", values)
 
 
 def _check_dropout(anchor: Node, operand: Node) -> None:
@@ -257,7 +295,9 @@ def _score_contraction(logit: Term, interpreter: Interpreter, anchor: Node) -> t
     return elements[0], interpreter.contraction(elements[0])
 
 
-def _query_and_key(contraction: Contraction, dot: Dot, at: Coordinates, view: GraphView, anchor: Node) -> tuple[list[Traced], list[Traced]]:
+def _query_and_key(
+    contraction: Contraction, dot: Dot, at: Coordinates, view: GraphView, anchor: Node
+) -> tuple[list[Traced], list[Traced]]:
     indices = [contraction.operand_index(which, dot.index, D) for which in (0, 1)]
     has_key = [any(J in term.free_symbols for term in index) for index in indices]
     has_query = [any(I in term.free_symbols for term in index) for index in indices]
@@ -276,6 +316,7 @@ def _query_and_key(contraction: Contraction, dot: Dot, at: Coordinates, view: Gr
 
 
 def candidates(node: Node, index: Index, at: Coordinates, view: GraphView, anchor: Node, roles: tuple[Term, ...]) -> list[Traced]:
+    """The tensors that could be passed for an operand, within the mode region of the anchor."""
     here = view.regions.get(anchor)
     return trace(node, index, at.ranges, H, roles, lambda n: view.regions.get(n) != here)
 
@@ -288,7 +329,7 @@ def _refold_if_folded(at: Coordinates, terms: tuple[Any, ...]) -> None:
     for term in terms:
         for part in term if isinstance(term, tuple) else (term,):
             found |= {x.args[1] for x in part.atoms(FloorDiv, Modulo) if x.args[0] == B}
-    heads = [n for n in found if n.is_Integer and at.extents["b"].is_Integer and at.extents["b"] % n == 0]
+    heads = [n for n in found if n.is_Integer and at.ranges.modulo(at.extents["b"], n) == 0]
     if heads:
         raise _Refold(max(heads))
 
@@ -329,6 +370,7 @@ def compute_dtype(scores: Node, values: Node, q: Traced, k: Traced) -> torch.dty
 
 
 def check_logit(logit: Logit, sink: Term | None, anchor: Node) -> None:
+    """Stop unless the score is of the contraction, the mask is not, and the sink is of neither scores nor keys."""
     if S not in logit.score.free_symbols:
         raise Stop("scores", "the score does not depend on the contraction", anchor)
     if S in logit.mask.free_symbols:
@@ -338,6 +380,7 @@ def check_logit(logit: Logit, sink: Term | None, anchor: Node) -> None:
 
 
 def match_of(parts: Parts) -> Match:
+    """The match, if what was found can be replaced: nothing else needs it, and no gradient is lost."""
     view = parts.view
     dead = _check_dead(parts)
     _check_group(parts)
@@ -348,10 +391,15 @@ def match_of(parts: Parts) -> Match:
     score, mask, *sink = (canonical(rename(term, names), parts.coordinates.ranges, J) for term in terms)
     sizes = _sizes((score, mask, *sink), parts)
     if view.strict and parts.dtype is not torch.float32:
-        raise Stop("numerics", f"numerics=strict keeps the rounding of the scores to {parts.dtype}, which a fused kernel omits", parts.anchor)
+        raise Stop(
+            "numerics",
+            f"numerics=strict keeps the rounding of the scores to {parts.dtype}, which a fused kernel omits",
+            parts.anchor,
+        )
     spec = AttentionSpec(
         score=to_text(score), mask=to_text(mask), empty=parts.logit.empty, sink=to_text(sink[0]) if sink else None,
-        captures=tuple(captures), sizes=tuple(sizes), precision="ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+        captures=tuple(captures), sizes=tuple(sizes),
+        precision="ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
     )  # fmt: skip
     return Match(
         family="attention", anchor=parts.anchor, output=parts.output, spec=spec, inputs=_operands(parts),
@@ -433,9 +481,6 @@ def symbol_node(view: GraphView, name: str) -> Node | None:
 
 def _operands(parts: Parts) -> dict[str, Operand]:
     extents = parts.coordinates.extents
-    for name in ("b", "h", "i", "j"):
-        if not extents[name].is_Integer and name in ("b", "h"):
-            _concrete(parts, extents[name])
     b = extents["b"]
     return {
         "q": as_operand(parts.q, (B, H, I, D), (b,), parts.dtype, lambda n: _concrete(parts, n)),
@@ -454,6 +499,7 @@ def _concrete(parts: Parts, size: Term) -> Any:
 
 
 def short(term: Term) -> str:
+    """A term for a sentence."""
     text = str(term)
     return text if len(text) <= 120 else text[:117] + "..."
 

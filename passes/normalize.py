@@ -1,10 +1,10 @@
 """One spelling for what has several, before anything is recognised.
 
-    exp(x - max(x)) / sum(exp(x - max(x)))  ->  softmax(x)        cat([empty, x])        ->  x
-    exp(x - logsumexp(x))                   ->  softmax(x)        reshape, _unsafe_view  ->  view
-    exp(log_softmax(x))                     ->  softmax(x)        detach(copy(constant)) ->  constant
-    (exp(x) @ v) / sum(exp(x))              ->  softmax(x) @ v
-    dropout(x, p, training=False)  ->  x                   x + 0 (integers)      ->  x
+exp(x - max(x)) / sum(exp(x - max(x)))  ->  softmax(x)        cat([empty, x])        ->  x
+exp(x - logsumexp(x))                   ->  softmax(x)        reshape, _unsafe_view  ->  view
+exp(log_softmax(x))                     ->  softmax(x)        detach(copy(constant)) ->  constant
+(exp(x) @ v) / sum(exp(x))              ->  softmax(x) @ v
+dropout(x, p, training=False)  ->  x                   x + 0 (integers)      ->  x
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ def normalize(module: GraphModule) -> list[str]:
             if replacement is not None:
                 log.append(f"{rewrite.__name__.strip('_')} at {node.name}")
                 node.replace_all_uses_with(replacement)
+                module.graph.erase_node(node)  # random operations would be kept as dead code
                 break
     if log:
         module.graph.eliminate_dead_code()
@@ -122,7 +123,7 @@ def _unviewed(node: Any) -> Any:
 
 
 def _reduced(result: Node, reduction: Node, source: Any) -> int | None:
-    """The one dimension over which `reduction` takes `source`, if `result`, a view of it, has size 1 there and is else as `source`."""
+    """The one dimension that `reduction` takes of `source`, if `result`, a view of it, has size 1 there and is else as `source`."""
     if reduction.args[0] is not source or len(reduction.args) < 2:
         return None
     dims: Any = reduction.args[1]

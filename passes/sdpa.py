@@ -21,7 +21,23 @@ from effcompile.ranges import Ranges
 from effcompile.terms import Term, is_condition, number
 from effcompile.viewmaps import Index, broadcast, shape_of
 
-from .attention import B, Coordinates, D, H, I, J, Parts, S, Stop, batch_index, candidates, check_logit, choose, compute_dtype, match_of
+from .attention import (
+    B,
+    Coordinates,
+    D,
+    H,
+    I,
+    J,
+    Parts,
+    S,
+    Stop,
+    batch_index,
+    candidates,
+    check_logit,
+    choose,
+    compute_dtype,
+    match_of,
+)
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default

@@ -28,6 +28,24 @@ import torch
 _EXEMPT = ("torch", "transformers")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write what tests find to tests/golden instead of comparing")
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest):
+    """Compares a text with a file of `tests/golden`, or writes it there under `--update-golden`."""
+
+    def compare(name: str, text: str) -> None:
+        path = Path(__file__).parent / "golden" / name
+        if request.config.getoption("--update-golden"):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+        assert text == path.read_text(), f"{path} differs; --update-golden writes it"
+
+    return compare
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what is marked `gpu` on a machine that has none."""
     if torch.cuda.is_available():
@@ -44,6 +62,20 @@ def fresh_compiler():
     torch.manual_seed(0)
     with torch.enable_grad():
         yield
+
+
+@pytest.fixture
+def replace_where_possible(monkeypatch: pytest.MonkeyPatch):
+    """The first candidate that is not Inductor's own is chosen: graphs as small as tests' would often be left."""
+    from effcompile.cost_model import select
+
+    choose = select.choose
+
+    def prefer_ours(candidates, *args):
+        best, estimates = choose(candidates, *args)
+        return next((candidate for candidate in candidates if candidate.kind != "inductor"), best), estimates
+
+    monkeypatch.setattr(select, "choose", prefer_ours)
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""torch.compile(model, backend="effarch"): same results and gradients as eager in every mode of use, and every option has its effect."""
+"""torch.compile(model, backend="effarch"): results and gradients as in eager in every mode of use; each option has its effect."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
-
 import pytest
 import torch
 from torch import nn
@@ -22,8 +21,10 @@ from torch.utils.checkpoint import checkpoint
 
 import effcompile
 from effcompile import backend
-from effcompile.errors import ConfigError, EffcompileWarning, LiftError
+from effcompile.errors import ConfigError, LiftError
 from tests import model_zoo
+
+pytestmark = pytest.mark.usefixtures("replace_where_possible")
 
 GPU = "h100-sxm"  # planned for, on CPU tensors: the semantic operation runs its reference
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,18 +74,6 @@ def compiled(model, *, fullgraph=True, dynamic=None, **options):
     reports = Reports()
     options = {"report": reports, "fallback": "error", **options}
     return torch.compile(model, backend="effarch", fullgraph=fullgraph, dynamic=dynamic, options=options), reports
-
-
-@pytest.fixture(autouse=True)
-def replace_where_possible(monkeypatch):
-    """Graphs as small as these would often be left to Inductor."""
-    choose = backend.select.choose
-
-    def prefer_ours(candidates, *args):
-        best, estimates = choose(candidates, *args)
-        return next((c for c in candidates if c.kind != "inductor"), best), estimates
-
-    monkeypatch.setattr(backend.select, "choose", prefer_ours)
 
 
 def assert_settled(reports, hardware, sites=1):
@@ -418,12 +407,13 @@ def test_dump(tmp_path):
     f, _ = compiled(attend, dump=tmp_path, hardware=GPU)
     f(*qkv())
     (folder,) = tmp_path.iterdir()
-    assert {"0-lifted.py", "1-normalize.py", "2-attention.py", "2-attention.diff", "report.json"} <= {p.name for p in folder.iterdir()}
+    written = {path.name for path in folder.iterdir()}
+    assert {"0-lifted.py", "1-normalize.py", "2-attention.py", "2-attention.diff", "report.json"} <= written
 
 
 def test_inductor_options_reach_inductor():
     f, _ = compiled(attend, inductor={"no_such_option_of_inductor": 1}, fallback="inductor")
-    with pytest.raises(BackendCompilerFailed, match="no_such_option_of_inductor"), pytest.warns(EffcompileWarning):
+    with pytest.raises(BackendCompilerFailed, match="no_such_option_of_inductor"):
         f(*qkv())
 
 
@@ -448,6 +438,7 @@ def test_a_bad_option_raises_at_the_first_call(options, message):
 @pytest.mark.parametrize("fallback", ["inductor", "eager", "error"])
 def test_a_graph_that_cannot_be_lifted(fallback, monkeypatch):
     """No failure, so no warning: the report says why."""
+
     def refuse(*_):
         raise LiftError("Expected something else but got this")
 

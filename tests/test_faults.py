@@ -1,4 +1,4 @@
-"""Never worse than not being there: whatever fails on the way, the result is right, with one warning and the reason in the report."""
+"""Never worse than not being there: whatever fails, the result is right, with one warning and the reason in the report."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import warnings
 import pytest
 import torch
 from torch._dynamo.exc import BackendCompilerFailed
-from torch.fx import symbolic_trace
 
 from effcompile import backend, rewrite, runtime
 from effcompile.builder import Builder
 from effcompile.codegen import attention as kernels
 from effcompile.codegen import choices
-from effcompile.config import Config
 from effcompile.errors import EffcompileWarning, KernelError, VerifyError
 from effcompile.ops import attention as op
 from effcompile.pattern import GraphView
+
+pytestmark = pytest.mark.usefixtures("replace_where_possible")
 
 GPU = "h100-sxm"
 
@@ -160,9 +160,9 @@ def test_a_reason_is_warned_of_once(monkeypatch):
 def test_a_report_that_cannot_be_delivered(target, tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("")
-    options = {"callable": {"report": fail}, "file": {"report": str(blocked / "x.json")}, "dump": {"dump": str(blocked / "x")}}[target]
+    targets = {"callable": {"report": fail}, "file": {"report": str(blocked / "x.json")}, "dump": {"dump": str(blocked / "x")}}
     inputs = qkv()
-    f = torch.compile(attend, backend="effarch", options=options)
+    f = torch.compile(attend, backend="effarch", options=targets[target])
     with pytest.warns(EffcompileWarning, match="could not be delivered"):
         result = f(*inputs)
     torch.testing.assert_close(result, attend(*inputs))
@@ -195,15 +195,11 @@ def wrong_shape(builder: Builder, operands, captures, sizes, match, layout):
     return builder.call(torch.ops.aten.slice.Tensor, operands["q"], 2, 0, 3)
 
 
-def wrong_dtype(builder: Builder, operands, captures, sizes, match, layout):
-    return builder.call(torch.ops.aten.gt.Scalar, operands["q"], 0)
-
-
 def not_fake(builder: Builder, operands, captures, sizes, match, layout):
     return builder.call(torch.ops.aten.mm.default, operands["q"], operands["k"])
 
 
-@pytest.mark.parametrize("lower", [wrong_shape, wrong_dtype, not_fake, fail], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("lower", [wrong_shape, not_fake, fail], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("swapped", [False, True], ids=["as is", "swapped and copied"])
 def test_replace_leaves_the_graph_as_it_was(lower, swapped):
     def function(q, k, v):
@@ -235,11 +231,6 @@ def test_an_original_that_cannot_be_compiled_raises_as_without_us(monkeypatch):
         f(torch.ones(3))
 
 
-def test_the_pipeline_never_raises():
-    result = backend.Pipeline(Config.resolve()).run(symbolic_trace(lambda x: x + 1), [torch.ones(3)])
-    assert result.error is not None and result.frame.outcome == "fallback"
-
-
 # while a compiled graph runs ----------------------------------------------------------------------------------------------
 
 SPEC = op.AttentionSpec(score="s * 0.25")
@@ -266,7 +257,9 @@ def test_a_kernel_that_cannot_be_built(error, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("error", "environment"), [(torch.OutOfMemoryError("planted"), ""), (KernelError("planted"), "error")], ids=["memory", "asked for"]
+    ("error", "environment"),
+    [(torch.OutOfMemoryError("planted"), ""), (KernelError("planted"), "error")],
+    ids=["memory", "asked for"],
 )
 def test_a_kernel_failure_that_raises(error, environment, monkeypatch):
     def broken(*_args, **_kwargs):

@@ -1,4 +1,4 @@
-"""What tests of a recogniser say: this is rewritten, that is refused for this reason, and the compiled function is as good as eager.
+"""What tests of a recogniser say: this is rewritten, that is refused for this reason, the compiled function is as good as eager.
 
 Functions are captured by torch.compile as users call it, and run through all rooms. On a CPU a rewritten graph for a GPU runs the
 operations' references; the CPU's own lowering is checked beside it.
@@ -208,7 +208,9 @@ def assert_within_contract(f: Function | Compiled, *args: Any, grad: bool = True
 
 
 def _compare(mine: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor, what: str) -> None:
-    assert mine.dtype == eager.dtype and mine.shape == eager.shape, f"{what}: {mine.dtype} {mine.shape}, not {eager.dtype} {eager.shape}"
+    assert mine.dtype == eager.dtype and mine.shape == eager.shape, (
+        f"{what}: {mine.dtype} {mine.shape}, not {eager.dtype} {eager.shape}"
+    )
     if not mine.is_floating_point():
         assert torch.equal(mine, eager), what
         return
@@ -217,4 +219,26 @@ def _compare(mine: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor, what:
     a, b, x = (torch.where(kept, t.double(), 0.0) for t in (mine, eager, exact))
     allowed = 2 * (b - x).norm() + _FLOOR_ULPS * torch.finfo(mine.dtype).eps * x.norm()
     error = (a - x).norm()
-    assert error <= allowed, f"{what}: error {error:.3e}, allowed {allowed:.3e}, eager's own {(b - x).norm():.3e}, norm {x.norm():.3e}"
+    assert error <= allowed, (
+        f"{what}: error {error:.3e}, allowed {allowed:.3e}, eager's own {(b - x).norm():.3e}, norm {x.norm():.3e}"
+    )
+
+
+def listing(module: torch.fx.GraphModule) -> str:
+    """A graph as one line an operation: its result's number, the operator, what it takes, and the shape."""
+    names: dict[torch.fx.Node, str] = {}
+    lines = []
+    for node in module.graph.nodes:
+        if node.op == "output":
+            lines.append(f"return {torch.fx.node.map_arg(node.args[0], lambda n: _Name(names[n]))}")
+            continue
+        names[node] = f"%{len(names)}"
+        args = torch.fx.node.map_arg(node.args, lambda n: _Name(names[n]))
+        call = f"{node.target}{args}" if node.op == "call_function" else node.op
+        value = node.meta.get("val")
+        lines.append(f"{names[node]} = {call}" + (f"  # {list(value.shape)}" if isinstance(value, torch.Tensor) else ""))
+    return "\n".join(lines)
+
+
+class _Name(str):
+    __repr__ = str.__str__

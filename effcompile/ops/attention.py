@@ -91,7 +91,11 @@ def reference(
     keys, values = (x.to(dtype).repeat_interleave(group, dim=1) for x in (k, v))
     logits = q.to(dtype) @ keys.mT
     evaluator = Evaluator(
-        {**index_tensors(q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.device), **dict(zip(spec.sizes, sizes, strict=True)), "s": logits},
+        {
+            **index_tensors(q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.device),
+            **dict(zip(spec.sizes, sizes, strict=True)),
+            "s": logits,
+        },
         dict(zip(spec.captures, captures, strict=True)),
         dtype=dtype,
         device=q.device,
@@ -121,11 +125,12 @@ def index_tensors(b: int, h: int, i: int, j: int, device: torch.device) -> dict[
 LIBRARY = torch.library.Library("effcompile", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 LIBRARY.define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor[] captures, SymInt[] sizes, str spec, str layout) -> (Tensor, Tensor)", tags=_TAGS
+    "attention(Tensor q, Tensor k, Tensor v, Tensor[] captures, SymInt[] sizes, str spec, str layout) -> (Tensor, Tensor)",
+    tags=_TAGS,
 )
 LIBRARY.define(
-    "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor[] captures, SymInt[] sizes, str spec)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor[] captures, SymInt[] sizes,"
+    " str spec) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
 
@@ -165,6 +170,7 @@ def _cpu(
 def reference_backward(
     grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: Any, lse: Any, captures: Any, sizes: Any, spec: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of queries, keys and values by autograd through the definition, and of each row's sink logit [B, H, Tq]."""
     parsed = AttentionSpec.from_json(spec)
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
