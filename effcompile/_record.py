@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.proxy import GraphAppendingTracer, Proxy
-from torch.utils import _pytree as pytree
 
 from effcompile import _torch
 from effcompile.errors import LiftError
@@ -517,7 +516,7 @@ class _Recorder:
 
 def refuse_data_dependence(node: Node, example: Any) -> None:
     """LiftError if a node's result, or its shape, depends on tensor data."""
-    for leaf in pytree.tree_leaves(example) if isinstance(example, (tuple, list, dict)) else (example,):
+    for leaf in _torch.pytree.tree_leaves(example) if isinstance(example, (tuple, list, dict)) else (example,):
         numbers: Sequence[Any] = ()
         if isinstance(leaf, torch.Tensor):
             if leaf._has_symbolic_sizes_strides:

@@ -12,7 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 from effcompile import _torch
 
 aten = torch.ops.aten
-_CUTS_GRADIENT = {aten.detach.default, aten.detach_.default, torch._C._autograd._get_data_attr}  # type: ignore[attr-defined]
+_CUTS_GRADIENT = {aten.detach.default, aten.detach_.default, _torch.DATA_ATTRIBUTE}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,8 @@
   PreDispatch key, above autocast and autograd, where `matmul` and `softmax` are still whole.
 - `torch._ops.OpOverload._can_decompose`, `.decompose`: run a composite operator's own definition.
 - `torch.amp.autocast_mode._enter_autocast` and kin, `torch._C._set_grad_enabled`: the nodes by which Dynamo switches modes.
+- `torch._C._autograd._get_data_attr`: what `x.data` is in a graph.
+- `torch.utils._pytree`: nested arguments, flattened.
 - `torch.utils._sympy.interp`: a symbolic size's expression as calls of `operator`.
 """
 
@@ -21,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import unset_fake_temporarily as without_fake_mode
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
@@ -29,6 +32,7 @@ from torch.utils._sympy.symbol import SymT, symbol_is_type
 __all__ = [
     "AUTOCAST_ENTER",
     "AUTOCAST_EXIT",
+    "DATA_ATTRIBUTE",
     "INFERENCE_ENTER",
     "INFERENCE_EXIT",
     "SET_GRAD",
@@ -41,6 +45,7 @@ __all__ = [
     "fake_mode_of",
     "has_unbacked",
     "is_composite",
+    "pytree",
     "restored_modes",
     "storage_key",
     "without_fake_mode",
@@ -48,6 +53,7 @@ __all__ = [
 ]
 
 SET_GRAD: Any = torch._C._set_grad_enabled
+DATA_ATTRIBUTE: Any = torch._C._autograd._get_data_attr  # type: ignore[attr-defined]
 AUTOCAST_ENTER: Any = torch.amp.autocast_mode._enter_autocast
 AUTOCAST_EXIT: Any = torch.amp.autocast_mode._exit_autocast
 INFERENCE_ENTER: Any = torch.autograd.grad_mode._enter_inference_mode

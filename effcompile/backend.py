@@ -83,6 +83,7 @@ class Pipeline:
         self.example_inputs: tuple[Any, ...] = ()
         self.failures: list[Exception] = []
         self.barriers: tuple[tuple[str, str], ...] = ()
+        self.mutating: frozenset[Node] = frozenset()
         self.profile: Hardware | None = None
         self.name = "graph"
 
@@ -141,6 +142,7 @@ class Pipeline:
         with self.timed("lift"):
             lifted = trace.lift(module, example_inputs)
         self.barriers = tuple(lifted.barriers)
+        self.mutating = lifted.mutating
         self.keep("lifted", lifted.graph_module)
         return lifted.graph_module
 
@@ -179,7 +181,7 @@ class Pipeline:
 
     def view(self, module: GraphModule) -> GraphView:
         """What the recognisers read of a graph."""
-        return GraphView(module, strict=self.config.numerics == "strict")
+        return GraphView(module, strict=self.config.numerics == "strict", mutating=self.mutating)
 
     def settle(self, module: GraphModule, attempt: Attempt, rule: Rule, hardware: Hardware) -> Settled:
         """Decide about one attempt and carry the decision out."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
+
+from ._torch import OpOverload
 
 _COPIED_META = ("stack_trace", "nn_module_stack", "source_fn_stack")
 
@@ -51,3 +54,25 @@ class Builder:
 def is_tensor_node(value: Any) -> bool:
     """Whether a value stands for a tensor in the graph."""
     return isinstance(value, Node) and isinstance(value.meta.get("val"), torch.Tensor)
+
+
+def erase_with_inputs(node: Node) -> None:
+    """Erase an unused node, and what only it needed: pure ATen operations and attributes, nothing that has an effect."""
+    graph, frontier = node.graph, list(node.all_input_nodes)
+    graph.erase_node(node)
+    erased: set[Node] = set()
+    while frontier:
+        current = frontier.pop()
+        if current not in erased and not current.users and is_pure(current):
+            erased.add(current)
+            frontier += current.all_input_nodes
+            graph.erase_node(current)
+
+
+def is_pure(node: Node) -> bool:
+    """Whether a node does nothing but give its value: no write, no random number, no call that the dispatcher does not see."""
+    if node.op == "get_attr" or node.target is operator.getitem:
+        return True
+    if not isinstance(node.target, OpOverload) or node.target._schema.is_mutable or not node.target._schema.returns:
+        return False
+    return torch.Tag.nondeterministic_seeded not in node.target.tags

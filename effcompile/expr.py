@@ -65,7 +65,7 @@ class Interpreter:
         return found
 
     def branch(self, node: Node, index: Index) -> Term:
-        """The element of `node` in one branch of a `Where`; at an index outside of `node`, where the other is taken, any element."""
+        """The element of `node` in one branch of a `Where`; outside of `node`, where the other is taken, any element."""
         self._branches += 1
         try:
             return self.element(node, index)
@@ -155,13 +155,14 @@ class Interpreter:
         return elementwise.ARITHMETIC[target](*(a if a is None else as_number(a) for a in arguments), **keywords)
 
     def apply(self, operation: Callable[..., Term], arguments: list[Any], floating: bool = False) -> Term:
-        """`f(Where(c, a, b), y) -> Where(c, f(a, y), f(b, y))`: for integers and conditions, and for floats of constants."""
+        """`f(Where(c, a, b), y) -> Where(c, f(a, y), f(b, y))`: for integers, conditions, constants and infinities (they do not cancel)."""
         arguments = [as_number(a) if floating and is_condition(a) else a for a in arguments]
         for k, a in enumerate(arguments):
             if not isinstance(a, Where):
                 continue
             others = [x for n, x in enumerate(arguments) if n != k and x is not None]
-            if floating and not all(x.is_number for x in (*others, *a.args[1:])):
+            constant = all(x.is_number for x in (*others, *a.args[1:]))
+            if floating and not constant and not a.has(sympy.oo, -sympy.oo):
                 continue
             condition, then, otherwise = a.args
             return self.ranges.where(

@@ -11,9 +11,11 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ._regions import mode_regions, modes, requires_grad
+from .builder import is_pure
 from .contraction import contraction_of
 from .expr import Interpreter
 from .ranges import Ranges
+from .trace import lift
 from .viewmaps import VIEWS
 
 aten = torch.ops.aten
@@ -29,11 +31,13 @@ class GraphView:
 
     Attributes:
         strict: whether the original's rounding points must be kept (the option `numerics="strict"`).
+        mutating: nodes that may write to memory, which no operation may be moved across.
     """
 
-    def __init__(self, module: GraphModule, *, strict: bool = False):
+    def __init__(self, module: GraphModule, *, strict: bool = False, mutating: frozenset[Node] = frozenset()):
         self.module = module
         self.strict = strict
+        self.mutating = mutating
 
     @property
     def graph(self) -> Graph:
@@ -41,8 +45,8 @@ class GraphView:
 
     @cached_property
     def regions(self) -> dict[Node, int]:
-        """Nodes between the same grad-mode and autocast borders have the same number."""
-        return mode_regions(self.module.graph)
+        """Nodes between the same grad-mode and autocast borders, with no write between them, have the same number."""
+        return mode_regions(self.module.graph, self.mutating)
 
     @cached_property
     def _requires_grad(self) -> set[Node]:
@@ -71,11 +75,21 @@ class GraphView:
 
         return Interpreter(ranges, is_opaque)
 
+    def body(self, attribute: Node) -> Graph:
+        """The graph of a function that a higher-order operation holds as an attribute, lifted.
+
+        Raises:
+            LiftError: it cannot be lifted.
+        """
+        module = self.module.get_submodule(str(attribute.target))
+        assert isinstance(module, GraphModule)
+        return lift(module).graph_module.graph
+
     def dead_without(self, output: Node) -> set[Node]:
         """The nodes that only `output` needs, itself included."""
         dead = {output}
         for node in reversed(self.graph.nodes):
-            if node in dead or node.op != "call_function" or node.is_impure():
+            if node in dead or not is_pure(node):
                 continue
             if node.users and all(user in dead for user in node.users):
                 dead.add(node)

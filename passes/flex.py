@@ -12,7 +12,7 @@ from typing import Any
 
 import sympy
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from effcompile.elementwise import as_condition
 from effcompile.errors import ExpressionError, LiftError
@@ -22,7 +22,6 @@ from effcompile.masks import split
 from effcompile.pattern import GraphView
 from effcompile.ranges import Ranges
 from effcompile.terms import IntLoad, Load, Term, number
-from effcompile.trace import lift
 from effcompile.viewmaps import broadcast, shape_of
 
 from .attention import B, D, H, I, J, Parts, S, Stop, candidates, check_logit, choose, compute_dtype, match_of
@@ -96,9 +95,7 @@ def _read(
     view: GraphView, body: Node, arguments: list[Term], buffers: tuple[Node, ...], ranges: Ranges, loaded: dict[str, Node]
 ) -> Term:
     """What a score_mod or mask_mod returns, as a term."""
-    module = view.module.get_submodule(str(body.target))
-    assert isinstance(module, GraphModule)
-    graph = lift(module).graph_module.graph
+    graph = view.body(body)
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     result = next(node for node in graph.nodes if node.op == "output").args[0]
     result = result[0] if isinstance(result, (tuple, list)) else result

@@ -16,7 +16,7 @@ import sympy
 import torch
 from torch.fx import GraphModule, Node
 
-from effcompile.builder import Builder
+from effcompile.builder import Builder, erase_with_inputs
 from effcompile.viewmaps import shape_of
 
 aten = torch.ops.aten
@@ -30,20 +30,18 @@ _COPIES = (aten.lift_fresh_copy.default, aten.detach.default, aten.clone.default
 def normalize(module: GraphModule) -> list[str]:
     """Apply every rewrite once at each node, in graph order; returns a line for each that applied."""
     log = []
-    for node in list(module.graph.nodes):
+    for node in module.graph.nodes:
         if node.op != "call_function":
             continue
         for rewrite in REWRITES.get(node.target, ()):
-            if not node.users and not node.is_impure():
+            if not node.users:
                 break
             replacement = rewrite(node)
             if replacement is not None:
                 log.append(f"{rewrite.__name__.strip('_')} at {node.name}")
                 node.replace_all_uses_with(replacement)
-                module.graph.erase_node(node)  # random operations would be kept as dead code
+                erase_with_inputs(node)
                 break
-    if log:
-        module.graph.eliminate_dead_code()
     return log
 
 

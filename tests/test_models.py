@@ -84,8 +84,6 @@ TRAINING = {
     "diffllama": {"rewritten": 4},
     "deepseek_v3_mla": {"rewritten": 2},
 }
-# On a CPU its associative_scan enters functorch's levels, which the lifted graph holds and no compiler takes.
-BROKEN = {"jamba": pytest.mark.xfail(reason="the lifted graph cannot be compiled", strict=True)}
 
 
 def _slow(name, attention):
@@ -94,7 +92,7 @@ def _slow(name, attention):
 
 
 CASES = [
-    pytest.param(name, attention, id=f"{name}-{attention}", marks=[*_slow(name, attention), *filter(None, [BROKEN.get(name)])])
+    pytest.param(name, attention, id=f"{name}-{attention}", marks=_slow(name, attention))
     for name in model_zoo.NAMES
     for attention in (("eager",) if name in EAGER_ONLY else ("eager", "sdpa"))
 ]
