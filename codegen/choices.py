@@ -20,7 +20,7 @@ from effcompile.cost_model.hardware import Hardware
 from effcompile.evaluate import Evaluator
 from effcompile.ir import Candidate, Match, Work
 from effcompile.ops.attention import AttentionSpec, index_tensors
-from effcompile.terms import Load, from_text
+from effcompile.terms import Load, from_text, is_condition
 
 from . import sdpa
 
@@ -119,7 +119,7 @@ def _library(match: Match, shape: _Shape, hardware: Hardware, fused: Work) -> li
     if call is None or shape.d != shape.dv:
         return []
     if hardware.vendor == "cpu":
-        if shape.bytes != 4 or (match.trains and shape.tk < _CPU_TRAINING_KEYS):
+        if shape.bytes != 4 or (match.trains and not _trains_on_cpu(call, shape)):
             return []
         extra = 0 if call.attn_mask is None else shape.b * shape.tq * shape.tk * shape.bytes
         work = Work(flops=fused.flops, bytes=fused.bytes + extra, transcendentals=fused.transcendentals)
@@ -130,6 +130,11 @@ def _library(match: Match, shape: _Shape, hardware: Hardware, fused: Work) -> li
     if hardware.arch in ("sm_90", "sm_100") and shape.d <= 128 and shape.tq > 1:
         found.append(Implementation(candidate=_named("sdpa-cudnn", fused, 0.75), lower=sdpa.lower_cudnn))
     return found
+
+
+def _trains_on_cpu(call: sdpa.Call, shape: _Shape) -> bool:
+    """Whether the fused backward is right and fast: for a row of very low biases it is wrong (torch 2.13), for few keys slow."""
+    return shape.tk >= _CPU_TRAINING_KEYS and (call.attn_mask is None or is_condition(call.attn_mask))
 
 
 def _named(name: str, work: Work, efficiency: float) -> Candidate:

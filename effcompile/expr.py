@@ -155,7 +155,7 @@ class Interpreter:
         return elementwise.ARITHMETIC[target](*(a if a is None else as_number(a) for a in arguments), **keywords)
 
     def apply(self, operation: Callable[..., Term], arguments: list[Any], floating: bool = False) -> Term:
-        """`f(Where(c, a, b), y) -> Where(c, f(a, y), f(b, y))`: for integers, conditions, constants and infinities (they do not cancel)."""
+        """`f(Where(c, a, b), y) -> Where(c, f(a, y), f(b, y))`: for integers, conditions, constants, infinities."""
         arguments = [as_number(a) if floating and is_condition(a) else a for a in arguments]
         for k, a in enumerate(arguments):
             if not isinstance(a, Where):

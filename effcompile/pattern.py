@@ -136,6 +136,7 @@ def source_line(node: Node) -> str:
     trace = node.meta.get("stack_trace")
     if trace:
         lines = [line.strip() for line in str(trace).splitlines() if line.strip().startswith("File ")]
+        lines = [line for line in lines if "/site-packages/torch/" not in line] or lines
         if lines:
             parts = lines[-1].split('"')
             number = lines[-1].split("line ")[-1].split(",")[0]

@@ -40,7 +40,8 @@ def _attention(
         out.copy_(result)
         return out, lse.float()
 
-    return _guarded(lambda: attention.forward(q, k, v, captures, sizes, parsed, out_layout=layout), reference)
+    with torch.cuda.device_of(q):
+        return _guarded(lambda: attention.forward(q, k, v, captures, sizes, parsed, out_layout=layout), reference)
 
 
 def _attention_backward(
@@ -52,7 +53,8 @@ def _attention_backward(
         dq, dk, dv, rows = attention.backward(grad, q, k, v, out, lse, captures, sizes, parse(spec))
         return dq, dk, dv, lse.new_empty((0,)) if rows is None else rows
 
-    return _guarded(kernels, lambda: op.reference_backward(grad, q, k, v, out, lse, captures, sizes, spec))
+    with torch.cuda.device_of(q):
+        return _guarded(kernels, lambda: op.reference_backward(grad, q, k, v, out, lse, captures, sizes, spec))
 
 
 def _guarded(kernel: Callable[[], Any], reference: Callable[[], Any]) -> Any:

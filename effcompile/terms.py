@@ -291,6 +291,8 @@ class Writer:
         return f"{self.write(base, ATOM)} ** {self.write(exponent, ATOM)}", POWER
 
     def function(self, term: Term) -> str:
+        if term is sympy.E:
+            return "exp(1)"
         if type(term) not in _FUNCTION_NAMES:
             raise ExpressionError(
                 f"Expected a term of index expressions but got {type(term).__name__}={term!r}. Add the function to terms.FUNCTIONS."

@@ -33,6 +33,9 @@ aten = torch.ops.aten
 SOFTMAXES = frozenset({aten.softmax.int, aten._softmax.default, aten._safe_softmax.default, aten.special_softmax.default})
 B, H, I, J, D, P = (integer_symbol(name) for name in ("b", "h", "i", "j", "d", "p"))
 S = score_symbol()
+_REARRANGEMENTS = frozenset({
+    aten.pad.default, aten.constant_pad_nd.default, aten.as_strided.default, aten.roll.default, aten.unfold.default
+})  # fmt: skip
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -158,6 +161,7 @@ def _values_contraction(anchor: Node) -> tuple[Contraction, int]:
     found = list(contractions_after(anchor))
     if not found:
         _check_changed(anchor)
+        _check_rearranged(anchor)
         raise Stop("anchor", "the softmax feeds no contraction", anchor)
     if len(found) > 1:
         raise Stop("probabilities", f"the probabilities feed {len(found)} contractions", found[1][0])
@@ -195,6 +199,23 @@ def _check_changed(anchor: Node) -> None:
                 frontier.append(user)
                 if node in first or not is_passage(user):
                     first[user] = first.get(node, user)
+
+
+def _check_rearranged(anchor: Node) -> None:
+    """Refuse probabilities that are padded, rolled or read in overlapping chunks before a contraction (chunked attention)."""
+    seen, frontier, moved = {anchor}, [anchor], dict[Node, Node]()
+    while frontier:
+        node = frontier.pop()
+        for user in node.users:
+            if contraction_of(user) is not None and node in moved:
+                why = f"the probabilities are rearranged by {describe(moved[node])} before they meet the values"
+                raise Stop("probabilities", why, moved[node])
+            if user in seen or not (is_passage(user) or user.target in _REARRANGEMENTS or _has_shape_of(user, anchor)):
+                continue
+            seen.add(user)
+            frontier.append(user)
+            if node in moved or user.target in _REARRANGEMENTS:
+                moved[user] = moved.get(node, user)
 
 
 def _has_shape_of(node: Node, other: Node) -> bool:
@@ -443,6 +464,9 @@ def _captures(terms: list[Term], parts: Parts) -> dict[str, Node]:
     names: list[str] = []
     for term in terms:
         names += [name for name in names_of(term, Load) if name not in names]
+    elsewhere = [n for n in names if parts.loaded[n].meta["val"].device != parts.output.meta["val"].device]
+    if elsewhere:
+        raise Stop("captures", f"{describe(parts.loaded[elsewhere[0]])} is on another device than the attention", parts.loaded[elsewhere[0]])
     return {f"t{position}": parts.loaded[name] for position, name in enumerate(names)}
 
 

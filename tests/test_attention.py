@@ -1439,9 +1439,9 @@ def every_row_shifted(q, k, v, keep):
     return attend(scores_of(q, k) + torch.where(keep, 0.0, lowest(q))[:, None], v)
 
 
-@pytest.mark.xfail(reason="SDPA on a CPU differentiates rows of very negative finite logits with weights of 1", strict=True)
 @pytest.mark.parametrize("f", [every_row_empty, every_row_shifted], ids=lambda f: f.__name__)
 def test_training_on_a_cpu(f):
+    """SDPA on a CPU differentiates rows of very low finite logits with weights of 1: a bias is not handed to it in training."""
     args = tuple(normal(1, 1, 512, D, seed=n) for n in range(3))
     assert_within_contract(Compiled(f, ("cpu",), forced=False), *args, torch.zeros(512, dtype=torch.bool))
 

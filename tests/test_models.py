@@ -22,7 +22,7 @@ pytestmark = [
 
 GPU = "h100-sxm"
 
-# Attentions in one forward pass; none of them is lost on a GPU, in evaluation, however the model spells them.
+# Attentions in one forward pass; none of them is lost on a GPU, in evaluation, however the model spells them, but those REFUSED.
 SITES = {
     "llama": 2,
     "mistral_swa": 2,
@@ -33,7 +33,7 @@ SITES = {
     "whisper": 6,
     "deepseek_v3_mla": 2,
     "bloom": 2,
-    "longformer": 0,
+    "longformer": 2,
     "gpt_oss_attn": 2,
     "diffllama": 4,
     "vit": 2,
@@ -71,6 +71,8 @@ LEFT_ON_CPU = {
         for a in ("eager", "sdpa")
     ),
 }
+# Overlapping chunks of rows are no dense attention.
+REFUSED = {"longformer": "refused: probabilities"}
 # In training a learned relative bias needs a gradient, which the kernels do not give; dropout is switched off for all.
 TRAINING = {
     "llama": {"rewritten": 2},
@@ -146,7 +148,8 @@ def test_inference(name, attention, hardware):
     f = Compiled(model, hardware)
     with torch.no_grad():
         assert_same(model_zoo.result(f.call(**inputs)), expected)
-    outcome = "left" if hardware is None and f"{name}-{attention}" in LEFT_ON_CPU else "rewritten"
+    fused = "left" if hardware is None and f"{name}-{attention}" in LEFT_ON_CPU else "rewritten"
+    outcome = REFUSED.get(name, fused)
     assert f.outcomes == ({outcome: SITES[name]} if SITES[name] else {})
 
 
