@@ -24,7 +24,6 @@ import torch._logging
 import torch.compiler.config
 from torch.fx import GraphModule
 
-
 _UNLIMITED = 1 << 20
 
 

@@ -466,7 +466,11 @@ def _captures(terms: list[Term], parts: Parts) -> dict[str, Node]:
         names += [name for name in names_of(term, Load) if name not in names]
     elsewhere = [n for n in names if parts.loaded[n].meta["val"].device != parts.output.meta["val"].device]
     if elsewhere:
-        raise Stop("captures", f"{describe(parts.loaded[elsewhere[0]])} is on another device than the attention", parts.loaded[elsewhere[0]])
+        raise Stop(
+            "captures",
+            f"{describe(parts.loaded[elsewhere[0]])} is on another device than the attention",
+            parts.loaded[elsewhere[0]],
+        )
     return {f"t{position}": parts.loaded[name] for position, name in enumerate(names)}
 
 
