@@ -7,74 +7,48 @@ lies between, however spelled, becomes the `score` and `mask` of an `AttentionSp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import sympy
 import torch
 from torch.fx import Node
 
-from effcompile.canonical import canonical
 from effcompile.contraction import Contraction, Dot, contraction_of
 from effcompile.errors import ExpressionError
-from effcompile.expr import Interpreter, names_of, rename
-from effcompile.ir import Match, Operand, Rejected, Rule
-from effcompile.masks import Logit, drop_shift, split
-from effcompile.operands import Traced, as_operand, trace
-from effcompile.ops.attention import AttentionSpec
+from effcompile.expr import Interpreter, names_of
+from effcompile.ir import Match, Rejected, Rule
+from effcompile.masks import drop_shift, split
+from effcompile.operands import Traced
 from effcompile.pattern import GraphView, contractions_after, describe, is_passage
 from effcompile.ranges import Ranges
-from effcompile.terms import FloorDiv, Load, Modulo, Term, integer_symbol, score_symbol, to_text
+from effcompile.terms import FloorDiv, Load, Modulo, Term
 from effcompile.viewmaps import VIEWS, Index, shape_of
+
+from .specify import (
+    B,
+    Coordinates,
+    D,
+    H,
+    I,
+    J,
+    Parts,
+    S,
+    Stop,
+    candidates,
+    check_logit,
+    choose,
+    compute_dtype,
+    match_of,
+    short,
+    with_depth,
+)  # fmt: skip
 
 aten = torch.ops.aten
 
 SOFTMAXES = frozenset({aten.softmax.int, aten._softmax.default, aten._safe_softmax.default, aten.special_softmax.default})
-B, H, I, J, D, P = (integer_symbol(name) for name in ("b", "h", "i", "j", "d", "p"))
-S = score_symbol()
 _REARRANGEMENTS = frozenset({
     aten.pad.default, aten.constant_pad_nd.default, aten.as_strided.default, aten.roll.default, aten.unfold.default
 })  # fmt: skip
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-class Stop(Exception):
-    """Recognition ends here, for a reason."""
-
-    def __init__(self, step: str, why: str, node: Node | None = None):
-        self.rejected = Rejected(step=step, why=why, node=node)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Coordinates:
-    """How the output contraction's dimensions read as (b, h, i, d).
-
-    `index` is the term of each output letter; `extents` those of b, h, i, j and the value dimension.
-    """
-
-    ranges: Ranges
-    index: dict[str, Term]
-    extents: dict[str, Term]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parts:
-    """What was found of an attention before it becomes a specification."""
-
-    view: GraphView
-    anchor: Node
-    output: Node
-    coordinates: Coordinates
-    logit: Logit
-    sink: Term | None
-    q: Traced
-    k: Traced
-    v: Traced
-    layout: Index
-    vanishing: tuple[tuple[Node, str], ...]
-    dtype: torch.dtype
-    loaded: Mapping[str, Node]
 
 
 def recognise(anchor: Node, view: GraphView) -> Match | Rejected:
@@ -328,18 +302,10 @@ def _query_and_key(
     depth = contraction.size(contraction.summed)
     if not depth.is_Integer:
         raise Stop("scores", "the head dimension is not a fixed number", contraction.node)
-    ranges = Ranges({s: bounds for s in (B, H, I, J) if (bounds := at.ranges.get(s)) is not None})
-    ranges.add(D, depth)
-    inner = Coordinates(ranges=ranges, index=at.index, extents={**at.extents, "d": depth})
+    inner = with_depth(at, depth)
     q = candidates(contraction.operands[1 - key], indices[1 - key], inner, view, anchor, (B, H, I, D))
     k = candidates(contraction.operands[key], indices[key], inner, view, anchor, (B, H, J, D))
     return q, k
-
-
-def candidates(node: Node, index: Index, at: Coordinates, view: GraphView, anchor: Node, roles: tuple[Term, ...]) -> list[Traced]:
-    """The tensors that could be passed for an operand, within the mode region of the anchor."""
-    here = view.regions.get(anchor)
-    return trace(node, index, at.ranges, H, roles, lambda n: view.regions.get(n) != here)
 
 
 def _refold_if_folded(at: Coordinates, terms: tuple[Any, ...]) -> None:
@@ -353,183 +319,6 @@ def _refold_if_folded(at: Coordinates, terms: tuple[Any, ...]) -> None:
     heads = [n for n in found if n.is_Integer and at.ranges.modulo(at.extents["b"], n) == 0]
     if heads:
         raise _Refold(max(heads))
-
-
-def choose(q: list[Traced], k: list[Traced], v: list[Traced], anchor: Node) -> tuple[Traced, Traced, Traced]:
-    """The deepest queries, and the deepest keys and values that share their head groups; values without a factor."""
-    v = [x for x in v if x.factor == 1]
-    q = [x for x in q if x.group == 1]
-    for name, found in (("queries", q), ("keys", k), ("values", v)):
-        if not found:
-            raise Stop("operands", f"the {name} cannot be read as a [batch, heads, length, depth] view of a tensor", anchor)
-    for key in reversed(k):
-        for value in reversed(v):
-            if key.group == value.group and _has_heads(key) == _has_heads(value):
-                return q[-1], key, value
-    raise Stop("operands", "keys and values share no grouping of heads", anchor)
-
-
-def _has_heads(traced: Traced) -> bool:
-    return any(H in term.free_symbols for term in traced.index)
-
-
-def compute_dtype(scores: Node, values: Node, q: Traced, k: Traced) -> torch.dtype:
-    """The dtype to compute in: the widest of the values' contraction and of queries and keys as that of the scores takes them."""
-    result: torch.dtype = values.meta["val"].dtype
-    scored = scores.meta["val"].dtype
-    for traced in (q, k):
-        dtype = traced.node.meta["val"].dtype
-        if torch.finfo(scored).bits < torch.finfo(dtype).bits:
-            dtype = scored  # autocast
-        result = torch.promote_types(result, dtype)
-    if result not in _DTYPES:
-        raise Stop("dtype", f"{result} operands have no kernel; float16, bfloat16 and float32 have", values)
-    return result
-
-
-# -------------------------------------------------------------------- the specification
-
-
-def check_logit(logit: Logit, sink: Term | None, anchor: Node) -> None:
-    """Stop unless the score is of the contraction, the mask is not, and the sink is of neither scores nor keys."""
-    if S not in logit.score.free_symbols:
-        raise Stop("scores", "the score does not depend on the contraction", anchor)
-    if S in logit.mask.free_symbols:
-        raise Stop("mask", "the mask depends on the scores themselves", anchor)
-    if sink is not None and (sink.has(Dot) or J in sink.free_symbols):
-        raise Stop("sink", "the further logit depends on keys", anchor)
-
-
-def match_of(parts: Parts) -> Match:
-    """The match, if what was found can be replaced: nothing else needs it, and no gradient is lost."""
-    view = parts.view
-    dead = _check_dead(parts)
-    _check_group(parts)
-    terms = [parts.logit.score, parts.logit.mask, *([] if parts.sink is None else [parts.sink])]
-    captures = _captures(terms, parts)
-    _check_gradients(captures, parts)
-    names = {node.name: name for name, node in captures.items()}
-    score, mask, *sink = (canonical(rename(term, names), parts.coordinates.ranges, J) for term in terms)
-    sizes = _sizes((score, mask, *sink), parts)
-    if view.strict and parts.dtype is not torch.float32:
-        raise Stop(
-            "numerics",
-            f"numerics=strict keeps the rounding of the scores to {parts.dtype}, which a fused kernel omits",
-            parts.anchor,
-        )
-    spec = AttentionSpec(
-        score=to_text(score), mask=to_text(mask), empty=parts.logit.empty, sink=to_text(sink[0]) if sink else None,
-        captures=tuple(captures), sizes=tuple(sizes),
-        precision="ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
-    )  # fmt: skip
-    return Match(
-        family="attention", anchor=parts.anchor, output=parts.output, spec=spec, inputs=_operands(parts),
-        captures=captures, sizes=sizes, interior=frozenset(dead),
-        layout=parts.layout, trains=any(view.needs_gradient(x.node, parts.anchor) for x in (parts.q, parts.k, parts.v)),
-    )  # fmt: skip
-
-
-def _check_dead(parts: Parts) -> set[Node]:
-    """Scores and probabilities must vanish, or rewriting would compute them twice."""
-    dead = parts.view.dead_without(parts.output)
-    for node, what in parts.vanishing:
-        if node not in dead:
-            user = next((u for u in _alive_users(node, dead)), None)
-            raise Stop("uses", f"the {what} are also used by {describe(user) if user else 'something else'}", node)
-    return dead
-
-
-def _alive_users(node: Node, dead: set[Node]) -> list[Node]:
-    """What, outside `dead`, uses `node`, directly or through views of it."""
-    found, seen, frontier = [], {node}, [node]
-    while frontier:
-        for user in frontier.pop().users:
-            if user in seen:
-                continue
-            seen.add(user)
-            if user in dead or is_passage(user):
-                frontier.append(user)
-            else:
-                found.append(user)
-    return found
-
-
-def _check_group(parts: Parts) -> None:
-    heads, group = parts.coordinates.extents["h"], parts.k.group
-    if not heads.is_Integer or int(heads) % group:
-        raise Stop("operands", f"{heads} query heads do not divide into groups of {group}", parts.anchor)
-
-
-def _captures(terms: list[Term], parts: Parts) -> dict[str, Node]:
-    names: list[str] = []
-    for term in terms:
-        names += [name for name in names_of(term, Load) if name not in names]
-    elsewhere = [n for n in names if parts.loaded[n].meta["val"].device != parts.output.meta["val"].device]
-    if elsewhere:
-        raise Stop(
-            "captures",
-            f"{describe(parts.loaded[elsewhere[0]])} is on another device than the attention",
-            parts.loaded[elsewhere[0]],
-        )
-    return {f"t{position}": parts.loaded[name] for position, name in enumerate(names)}
-
-
-def _check_gradients(captures: dict[str, Node], parts: Parts) -> None:
-    """A captured tensor in the score has no gradient yet; one in the sink has."""
-    for node in captures.values():
-        if parts.view.needs_gradient(node, parts.anchor) and parts.logit.score.has(sympy.Symbol(node.name)):
-            raise Stop("gradient", f"the bias {describe(node)} requires a gradient, which the kernels do not give", node)
-    in_sink = [n for n in captures.values() if parts.sink is not None and parts.sink.has(sympy.Symbol(n.name))]
-    if any(parts.view.needs_gradient(node, parts.anchor) for node in in_sink):
-        if not isinstance(parts.sink, Load) or parts.sink.indices != (H,):
-            raise Stop("gradient", "the gradient of a sink is known for one learned logit a head only", parts.anchor)
-
-
-def _sizes(terms: tuple[Term, ...], parts: Parts) -> dict[str, Node | int]:
-    """The graph's nodes for the symbolic sizes that the expressions mention."""
-    wanted = {s.name for term in terms for s in term.free_symbols} - {"b", "h", "i", "j", "s"}
-    wanted -= {f"t{k}" for k in range(len(parts.loaded) + len(terms))}
-    found: dict[str, Node | int] = {}
-    for name in sorted(wanted):
-        node = symbol_node(parts.view, name)
-        if node is None:
-            raise Stop("sizes", f"the size {name} is not known as a value of the graph", parts.anchor)
-        found[name] = node
-    return found
-
-
-def symbol_node(view: GraphView, name: str) -> Node | None:
-    """The placeholder that holds a symbolic size."""
-    for node in view.graph.nodes:
-        value = node.meta.get("val")
-        if node.op == "placeholder" and isinstance(value, torch.SymInt) and str(value.node.expr) == name:
-            return node
-    return None
-
-
-def _operands(parts: Parts) -> dict[str, Operand]:
-    extents = parts.coordinates.extents
-    b = extents["b"]
-    return {
-        "q": as_operand(parts.q, (B, H, I, D), (b,), parts.dtype, lambda n: _concrete(parts, n)),
-        "k": as_operand(parts.k, (B, H, J, D), (b,), parts.dtype, lambda n: _concrete(parts, n)),
-        "v": as_operand(parts.v, (B, H, J, D), (b,), parts.dtype, lambda n: _concrete(parts, n)),
-    }
-
-
-def _concrete(parts: Parts, size: Term) -> Any:
-    if size.is_Integer:
-        return int(size)
-    node = symbol_node(parts.view, str(size))
-    if node is None:
-        raise Stop("sizes", f"the size {size} is not known as a value of the graph", parts.anchor)
-    return node
-
-
-def short(term: Term) -> str:
-    """A term for a sentence."""
-    text = str(term)
-    return text if len(text) <= 120 else text[:117] + "..."
 
 
 ATTENTION = Rule(

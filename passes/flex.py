@@ -24,8 +24,8 @@ from effcompile.ranges import Ranges
 from effcompile.terms import IntLoad, Load, Term, number
 from effcompile.viewmaps import broadcast, shape_of
 
-from .attention import B, D, H, I, J, Parts, S, Stop, candidates, check_logit, choose, compute_dtype, match_of
-from .sdpa import grouped_index, matrix_coordinates, with_depth
+from .sdpa import grouped_index, matrix_coordinates
+from .specify import B, D, H, I, J, Parts, S, Stop, candidates, check_logit, choose, compute_dtype, match_of, with_depth
 
 aten = torch.ops.aten
 FLEX = torch.ops.higher_order.flex_attention

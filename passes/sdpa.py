@@ -21,7 +21,8 @@ from effcompile.ranges import Ranges
 from effcompile.terms import Term, is_condition, number
 from effcompile.viewmaps import Index, broadcast, shape_of
 
-from .attention import (
+from .attention import batch_index
+from .specify import (
     B,
     Coordinates,
     D,
@@ -31,13 +32,13 @@ from .attention import (
     Parts,
     S,
     Stop,
-    batch_index,
     candidates,
     check_logit,
     choose,
     compute_dtype,
     match_of,
-)
+    with_depth,
+)  # fmt: skip
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
@@ -114,13 +115,6 @@ def matrix_coordinates(anchor: Node, k: Node) -> Coordinates:
     for symbol, name in ((I, "i"), (J, "j"), (D, "d")):
         ranges.add(symbol, extents[name])
     return Coordinates(ranges=ranges, index={**index, "query": I, "value": D}, extents=extents)
-
-
-def with_depth(at: Coordinates, depth: Term) -> Coordinates:
-    """The same coordinates with the head dimension of queries and keys as d."""
-    ranges = Ranges({s: bounds for s in (B, H, I, J) if (bounds := at.ranges.get(s)) is not None})
-    ranges.add(D, depth)
-    return Coordinates(ranges=ranges, index=at.index, extents={**at.extents, "d": depth})
 
 
 def grouped_index(node: Node, index: Index, grouped: bool, at: Coordinates) -> Index:
