@@ -16,7 +16,7 @@ from .contraction import contraction_of
 from .expr import Interpreter
 from .ranges import Ranges
 from .trace import lift
-from .viewmaps import VIEWS
+from .viewmaps import VIEWS, is_float
 
 aten = torch.ops.aten
 
@@ -71,7 +71,7 @@ class GraphView:
         here = self.regions.get(anchor)
 
         def is_opaque(node: Node) -> bool:
-            return node in stops or (self.regions.get(node) != here and is_differentiable(node))
+            return node in stops or (self.regions.get(node) != here and is_float(node))
 
         return Interpreter(ranges, is_opaque)
 
@@ -94,12 +94,6 @@ class GraphView:
             if node.users and all(user in dead for user in node.users):
                 dead.add(node)
         return dead
-
-
-def is_differentiable(node: Node) -> bool:
-    """Whether a node's value could carry a gradient."""
-    value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and value.dtype.is_floating_point
 
 
 def contractions_after(node: Node) -> Iterator[tuple[Node, Node]]:

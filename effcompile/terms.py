@@ -422,11 +422,9 @@ def number(value: bool | int | float) -> Term:
     return sympy.Float(value)
 
 
-def conjuncts(condition: Term) -> tuple[Term, ...]:
-    """The parts of a conjunction; one part for any other condition, none for `True`."""
-    if condition is sympy.true:
-        return ()
-    return tuple(condition.args) if isinstance(condition, And) else (condition,)
+def truth(value: bool) -> Term:
+    """A Python truth value as a condition."""
+    return sympy.true if value else sympy.false
 
 
 def is_condition(term: Term) -> bool:

@@ -49,6 +49,12 @@ def shape_of(node: Node) -> Index:
     return tuple(size_term(n) for n in node.meta["val"].shape)
 
 
+def is_float(node: Node) -> bool:
+    """Whether a node's value is a floating-point tensor."""
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.dtype.is_floating_point
+
+
 def reshape(index: Index, outer: Index, inner: Index, ranges: Ranges) -> Index:
     """Row-major reinterpretation of an index into shape `outer` as one into shape `inner`."""
     result: list[Term] = []
