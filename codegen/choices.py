@@ -21,12 +21,14 @@ from effcompile.evaluate import Evaluator
 from effcompile.ir import Candidate, Match, Work
 from effcompile.ops.attention import AttentionSpec, index_tensors
 from effcompile.terms import Load, from_text, is_condition
+from effcompile.viewmaps import hints_of
 
 from . import sdpa
 
 Lower = Callable[..., Node]
 
 _SAMPLES = 64
+_TYPICAL_SIZE = 1024  # of a dimension that depends on data
 _QUERY_TILE = 128
 _MAX_DEPTH = 256  # of generated kernels
 _SDPA_MAX_DEPTH = 256
@@ -71,13 +73,22 @@ class _Shape:
 
 
 def _shape(match: Match) -> _Shape:
-    q, k, v = ([hint(n) for n in match.inputs[name].shape] for name in ("q", "k", "v"))
+    hints = _hints(match)
+    q, k, v = ([_number(n, hints) for n in match.inputs[name].shape] for name in ("q", "k", "v"))
     return _Shape(q[0], q[1], k[1], q[2], k[2], q[3], v[3], torch.finfo(match.inputs["q"].dtype).bits // 8)
 
 
-def hint(size: Any) -> int:
-    """A size as a number: symbolic ones by a typical length."""
-    return int(size) if getattr(size, "is_Integer", isinstance(size, int)) else 1024
+def _hints(match: Match) -> dict[str, int]:
+    hints: dict[str, int] = {}
+    for node in match.output.graph.find_nodes(op="placeholder"):
+        hints.update(hints_of(node, _TYPICAL_SIZE))
+    return hints
+
+
+def _number(size: Any, hints: Mapping[str, int]) -> int:
+    """A size as a number: a symbolic one as it was in the example inputs."""
+    term = sympy.sympify(size)
+    return int(term.xreplace({s: sympy.Integer(hints.get(s.name, _TYPICAL_SIZE)) for s in term.free_symbols}))
 
 
 def _attention(match: Match, hardware: Hardware) -> list[Implementation]:

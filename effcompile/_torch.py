@@ -47,6 +47,7 @@ __all__ = [
     "is_composite",
     "pytree",
     "restored_modes",
+    "size_hint",
     "storage_key",
     "without_fake_mode",
     "write_expression",
@@ -123,6 +124,11 @@ def storage_key(value: torch.Tensor) -> int:
 def expression(value: torch.SymInt | torch.SymFloat | torch.SymBool) -> Any:
     """The sympy expression of a symbolic number, with the replacements that are known so far."""
     return value.node.expr
+
+
+def size_hint(value: torch.SymInt, fallback: int) -> int:
+    """The number as it was in the example inputs, or `fallback` if it depends on tensor data."""
+    return int(value.node.hint) if value.node.has_hint() else fallback
 
 
 def has_unbacked(value: torch.SymInt | torch.SymFloat | torch.SymBool) -> bool:

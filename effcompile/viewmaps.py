@@ -12,6 +12,7 @@ import sympy
 import torch
 from torch.fx import Node
 
+from ._torch import size_hint
 from .ranges import Ranges, recombine
 from .terms import FloorDiv as FloorDivTerm
 from .terms import Term, integer_symbol
@@ -42,6 +43,13 @@ def _own_symbols(expression: sympy.Expr, bounds: Mapping[Any, Any]) -> Term:
     if expression.is_Add or expression.is_Mul:
         return expression.func(*(_own_symbols(a, bounds) for a in expression.args))
     return sympy.Symbol(f"size({expression})", integer=True)
+
+
+def hints_of(node: Node, fallback: int) -> dict[str, int]:
+    """A symbolic size, or those of a tensor, as they were in the example inputs, by the text of their term."""
+    value = node.meta.get("val")
+    sizes = value.shape if isinstance(value, torch.Tensor) else (value,)
+    return {str(size_term(n)): size_hint(n, fallback) for n in sizes if isinstance(n, torch.SymInt)}
 
 
 def shape_of(node: Node) -> Index:
