@@ -1,9 +1,10 @@
 """Which attention effarch finds in real models on a CPU: every tiny model, with eager and with SDPA attention, against eager.
 
-    python benchmarks/coverage.py [--models llama,bert] [--attention eager,sdpa] [--timeout 300] [--out FILE]
+    python benchmarks/coverage.py [--models llama,bert] [--attention eager,sdpa] [--hardware h100-sxm] [--timeout 300] [--out FILE]
 
 A result holds the attention sites and what became of them (rewritten, left, refused, with the reason), and the relative L2 error
-of the model's output against the model run without a compiler.
+of the model's output against the model run without a compiler. With `--hardware` decisions are those for that device; the model still
+runs on the CPU, where the semantic operation is computed by its reference.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from common import environment, failure, import_effcompile, max_error, relative_
 OUTCOMES = ("rewritten", "left", "refused")
 
 
-def child(name: str, attention: str) -> dict[str, Any]:
+def child(name: str, attention: str, hardware: str) -> dict[str, Any]:
     """Run one model without a compiler and with effarch, on the same inputs."""
     import_effcompile()
     zoo = model_zoo()
@@ -27,7 +28,7 @@ def child(name: str, attention: str) -> dict[str, Any]:
         model, inputs = zoo.build(name, attention=attention)
     except ValueError as error:
         return {"status": "not offered", "error": " ".join(str(error).split())[:200]}
-    compiled = torch.compile(model, backend="effarch")
+    compiled = torch.compile(model, backend="effarch", options={"hardware": None if hardware == "cpu" else hardware})
     with torch.no_grad():
         expected, got = zoo.result(model(**inputs)), zoo.result(compiled(**inputs))
     result: dict[str, Any] = {"status": "ok", "error_rel_l2": relative_l2(got, expected), "error_max": max_error(got, expected)}
@@ -64,9 +65,10 @@ def totals(results: list[dict[str, Any]]) -> dict[str, Any]:
 def main() -> None:
     """Read the command line, run the children, write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--child", nargs=2, metavar=("MODEL", "ATTENTION"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=3, metavar=("MODEL", "ATTENTION", "HARDWARE"), help=argparse.SUPPRESS)
     parser.add_argument("--models", help="comma-separated parts of model names")
     parser.add_argument("--attention", default="eager,sdpa")
+    parser.add_argument("--hardware", default="cpu", help="the device to decide for")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one model")
     parser.add_argument("--out", help="the JSON file (default: $OUT or benchmarks/results)")
     args = parser.parse_args()
@@ -76,11 +78,13 @@ def main() -> None:
         except Exception as error:
             answer(failure(error))
         return
-    path = result_path("coverage", "cpu", args.out)
-    payload: dict[str, Any] = {"benchmark": "coverage", "environment": environment("cpu"), "results": []}
+    path = result_path("coverage", args.hardware, args.out)
+    payload: dict[str, Any] = {
+        "benchmark": "coverage", "environment": environment("cpu"), "hardware": args.hardware, "results": []
+    }  # fmt: skip
     for name in select(model_zoo().NAMES, args.models):
         for attention in args.attention.split(","):
-            found = run_child(__file__, [name, attention], timeout=args.timeout)
+            found = run_child(__file__, [name, attention, args.hardware], timeout=args.timeout)
             payload["results"].append(count({"model": name, "attention": attention, **found}))
             payload["totals"] = totals(payload["results"])
             write_json(path, payload)
