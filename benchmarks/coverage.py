@@ -3,8 +3,8 @@
     python benchmarks/coverage.py [--models llama,bert] [--attention eager,sdpa] [--hardware h100-sxm] [--timeout 300] [--out FILE]
 
 A result holds the attention sites and what became of them (rewritten, left, refused, with the reason), and the relative L2 error
-of the model's output against the model run without a compiler. With `--hardware` decisions are those for that device; the model still
-runs on the CPU, where the semantic operation is computed by its reference.
+of the model's output against the model run without a compiler. With `--hardware` decisions are those for that device; the model
+still runs on the CPU, where the semantic operation is computed by its reference.
 """
 
 from __future__ import annotations

@@ -121,7 +121,8 @@ def coverage(payload: Payload) -> str:
 
     rows = [(name, *(cell(name, i) for i in implementations)) for name in dict.fromkeys(r["model"] for r in results)]
     lead = (
-        f"Attention sites rewritten, of those found, in tiny Hugging Face models: {total['rewritten']} of {total['sites']}"
+        f"Attention sites rewritten, of those found, in tiny Hugging Face models, decided for {payload['hardware']}:"
+        f" {total['rewritten']} of {total['sites']}"
         f" ({total['left']} left to Inductor, {total['refused']} refused)."
         f" The largest relative error of an output is {total['largest_error_rel_l2']:.0e}."
     )
