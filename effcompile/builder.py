@@ -76,3 +76,14 @@ def is_pure(node: Node) -> bool:
     if not isinstance(node.target, OpOverload) or node.target._schema.is_mutable or not node.target._schema.returns:
         return False
     return torch.Tag.nondeterministic_seeded not in node.target.tags
+
+
+def escapes(node: Node) -> bool:
+    """Whether a node's own memory may reach the caller or be written to: then nothing that lives elsewhere may stand for it."""
+    for user in node.users:
+        if not isinstance(user.target, OpOverload) or user.target._schema.is_mutable:
+            return True
+        shares = user.target is torch.ops.aten.dropout.default or any(result.alias_info for result in user.target._schema.returns)
+        if shares and escapes(user):
+            return True
+    return False

@@ -4,19 +4,22 @@ exp(x - max(x)) / sum(exp(x - max(x)))  ->  softmax(x)        cat([empty, x])   
 exp(x - logsumexp(x))                   ->  softmax(x)        reshape, _unsafe_view  ->  view
 exp(log_softmax(x))                     ->  softmax(x)        detach(copy(constant)) ->  constant
 (exp(x) @ v) / sum(exp(x))              ->  softmax(x) @ v
-dropout(x, p, training=False)  ->  x                   x + 0 (integers)      ->  x
+dropout(x, p, training=False)           ->  x                 x + 0 (integers)     ->  x
+sqrt(full([], 64))                      ->  full([], 8)       (single numbers; larger constants are read as index expressions)
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import sympy
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 
-from effcompile.builder import Builder, erase_with_inputs
+from effcompile.builder import Builder, erase_with_inputs, escapes, is_pure
 from effcompile.viewmaps import shape_of
 
 aten = torch.ops.aten
@@ -24,6 +27,7 @@ aten = torch.ops.aten
 Rewrite = Callable[[Node], "Node | None"]
 _VIEWS = (aten.reshape.default, aten._unsafe_view.default)
 _PRODUCTS = (aten.matmul.default, aten.bmm.default)
+_CONSTANTS = (aten.full.default, aten.ones.default, aten.zeros.default, aten.scalar_tensor.default)
 _COPIES = (aten.lift_fresh_copy.default, aten.detach.default, aten.clone.default)
 
 
@@ -33,7 +37,7 @@ def normalize(module: GraphModule) -> list[str]:
     for node in module.graph.nodes:
         if node.op != "call_function":
             continue
-        for rewrite in REWRITES.get(node.target, ()):
+        for rewrite in (*REWRITES.get(node.target, ()), _folded):
             if not node.users:
                 break
             replacement = rewrite(node)
@@ -172,7 +176,11 @@ def _cat_with_empty(node: Node) -> Node | None:
     if any(part.meta["val"].dtype != node.meta["val"].dtype for part in parts):
         return None
     if len(parts) == 1:
-        return parts[0] if parts[0].meta["val"].stride() == node.meta["val"].stride() else _copied(node, parts[0])
+        return (
+            parts[0]
+            if not escapes(node) and parts[0].meta["val"].stride() == node.meta["val"].stride()
+            else _copied(node, parts[0])
+        )
     return Builder(node.graph, node).call(aten.cat.default, parts, *node.args[1:])
 
 
@@ -197,7 +205,30 @@ def _as_view(node: Node) -> Node | None:
 def _constant_copy(node: Node) -> Node | None:
     """A functional graph writes to no constant, so a copy of one is the constant."""
     source = node.args[0]
-    return source if isinstance(source, Node) and source.op == "get_attr" and not _is_parameter(source) else None
+    constant = isinstance(source, Node) and source.op == "get_attr" and not _is_parameter(source)
+    return source if constant and not escapes(node) else None  # type: ignore[return-value]
+
+
+def _folded(node: Node) -> Node | None:
+    """A single number computed from single numbers is that number."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or not _is_single(value) or not is_pure(node) or node.target in _CONSTANTS:
+        return None
+    if node.target is operator.getitem or not node.all_input_nodes or escapes(node):
+        return None
+    if any(x.target is not aten.full.default or not _is_single(x.meta["val"]) for x in node.all_input_nodes):
+        return None
+    if any(isinstance(a, torch.device) for a in node.kwargs.values()):
+        return None
+    arguments = map_arg((node.args, node.kwargs), lambda x: torch.full(x.args[0], x.args[1], dtype=x.meta["val"].dtype))
+    result = node.target(*arguments[0], **arguments[1])
+    return Builder(node.graph, node).call(
+        aten.full.default, list(result.shape), result.item(), dtype=value.dtype, device=value.device
+    )  # fmt: skip
+
+
+def _is_single(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and all(isinstance(n, int) and n == 1 for n in value.shape) and not value.is_complex()
 
 
 def _is_parameter(node: Node) -> bool:
@@ -211,7 +242,7 @@ def _added_zero(node: Node) -> Node | None:
     """`x + 0` of integers is x."""
     source, other = node.args[:2]
     exact = isinstance(source, Node) and other == 0 and not node.meta["val"].dtype.is_floating_point
-    return source if exact and source.meta["val"].dtype == node.meta["val"].dtype else None  # type: ignore[union-attr, return-value]
+    return source if exact and not escapes(node) and source.meta["val"].dtype == node.meta["val"].dtype else None  # type: ignore[union-attr, return-value]
 
 
 def _inactive_dropout(node: Node) -> Node | None:

@@ -109,3 +109,35 @@ def test_zero_added_to_integers():
 def test_zero_added_to_floats_stays():
     """-0.0 + 0 is 0.0."""
     assert aten.add.Tensor in normalised(lambda x: (x + 0) * 2, X)
+
+
+def test_numbers_are_folded():
+    assert normalised(lambda x: x * (1 / torch.tensor(64.0).sqrt() + 1), X) == [aten.full.default, aten.mul.Tensor]
+
+
+def test_numbers_of_an_input_are_not_folded():
+    assert aten.sqrt.default in normalised(lambda x, n: x * n.sqrt(), X, torch.tensor(64.0))
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: torch.cat([x.new_empty(0), x]),
+        lambda x: torch.cat([x.new_empty(0), x]).view(-1, 1),
+        lambda x: (x.long() + 0, x.long())[0],
+        lambda x: x + 0 if not x.is_floating_point() else torch.cat([x[:0], x]),
+    ],
+    ids=["cat", "view of cat", "sum", "cat of slice"],
+)
+def test_what_is_returned_keeps_memory_of_its_own(f):
+    """A result may be written to by its caller, and the input must not change with it."""
+
+    def backend(module, inputs):
+        graph = lift(module, inputs).graph_module
+        normalize(graph)
+        graph.recompile()
+        return graph
+
+    x = torch.arange(5.0)
+    torch.compile(f, backend=backend, fullgraph=True)(x).add_(1)
+    assert x.tolist() == [0, 1, 2, 3, 4]
