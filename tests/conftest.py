@@ -22,10 +22,15 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["EFFARCH_CACHE_DIR"] = str(_caches / "kernels")
     atexit.register(shutil.rmtree, _caches, ignore_errors=True)
 
+import hypothesis
 import pytest
 import torch
 
 _EXEMPT = ("torch", "transformers")
+# The same examples each time; HYPOTHESIS_PROFILE=explore looks for new ones.
+hypothesis.settings.register_profile("suite", derandomize=True)
+hypothesis.settings.register_profile("explore", derandomize=False)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
