@@ -42,7 +42,6 @@ class Interpreter:
         self.ranges = ranges
         self.is_opaque = is_opaque
         self.loaded: dict[str, Node] = {}
-        self.visited: set[Node] = set()
         self._memo: dict[tuple[Node, Index, bool], Term] = {}
         self._depth = self._branches = 0
 
@@ -104,7 +103,6 @@ class Interpreter:
             return self._constant(node, index)
         viewed = view_source(node, index, self.ranges)
         if viewed is not None:
-            self.visited.add(node)
             return self.element(*viewed)
         handler = RULES.get(node.target)
         result = None
@@ -117,7 +115,6 @@ class Interpreter:
             result = Dot(sympy.Symbol(node.name), *index)
         if result is None or not stands_for(result, node.meta["val"].dtype, self.ranges):
             return self.load(node, index)
-        self.visited.add(node)
         return result
 
     def _constant(self, node: Node, index: Index) -> Term:

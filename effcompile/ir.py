@@ -1,7 +1,7 @@
 """The nouns: frozen records that the rooms hand to one another.
 
 A *rule* recognises; it returns a `Match` (what the subgraph means) or a `Rejected` (why not). The cost model turns a match and
-its `Candidate`s into a `Decision`; a `Plan` is what one compiled graph came to.
+its `Candidate`s into a `Decision`.
 """
 
 from __future__ import annotations
@@ -9,21 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Node
 
 Outcome = Literal["rewritten", "left", "refused"]
 CandidateKind = Literal["generated", "library", "inductor"]
 Bound = Literal["compute", "memory", "launch"]
-
-
-class Spec(Protocol):
-    """What an operation computes, without its tensors. Serialises to one line of JSON and back."""
-
-    def to_json(self) -> str: ...
-
-    def to_dict(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,21 +129,3 @@ class Decision:
     chosen: str = ""
     estimates: tuple[Estimate, ...] = ()
     step: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """All decisions about one graph, in graph order."""
-
-    decisions: tuple[Decision, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Kernel:
-    """A generated kernel file, and the function in it that launches it."""
-
-    source_path: str
-    launch: Callable[..., Any]
-
-
-Pass = Callable[[GraphModule], Graph]
