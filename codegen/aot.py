@@ -11,7 +11,8 @@ import importlib.util
 import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -22,10 +23,12 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..errors import KernelError
 from ..ops.attention import AttentionSpec
-from . import emit
+from . import decode, emit
 from .attention import Config, Problem, source
 from .hooks import Variant
 
@@ -109,19 +112,52 @@ def compile_kernels(
     return reports
 
 
+def compile_decode(
+    spec: AttentionSpec,
+    problem: Problem,
+    *,
+    target: str,
+    config: decode.Config | None = None,
+    group: int = 4,
+    queries: int = 1,
+    splits: int | None = None,
+    latent: bool = False,
+) -> list[Report]:
+    """Compiles the kernels for few queries. `latent`: V is the first columns of K.
+
+    Raises:
+        KernelError: an unknown target, or Triton's interpreter is on.
+    """
+    if target not in TARGETS:
+        raise KernelError(f"Expected one of {sorted(TARGETS)} but got target={target!r}.")
+    q, k, v, captures = _operands(spec, problem, group)
+    q = q[:, :, :queries]
+    v = k[..., : problem.d_v] if latent else v.transpose(1, 2).contiguous().transpose(1, 2)  # strides of its own
+    with _recording(decode.source(spec, problem, config=config)) as (module, log):
+        module.forward(q, k, v, *captures, *[4096] * len(spec.sizes), splits=splits)
+        return [_compile(launch, launch.kernel.__name__, target) for launch in log]
+
+
 def _launches(spec: AttentionSpec, problem: Problem, config: Config | None, group: int) -> list[_Launch]:
     """The launches that forward and backward make on tensors without memory."""
-    log: list[_Launch] = []
-    with tempfile.TemporaryDirectory() as directory:
-        module = _fresh(emit.write_kernel(source(spec, problem, config=config), Path(directory)))
-        for name, value in list(vars(module).items()):
-            if name.endswith("_kernel"):
-                setattr(module, name, _Recorder(value, log))
+    with _recording(source(spec, problem, config=config)) as (module, log):
         q, k, v, captures = _operands(spec, problem, group)
         sizes = [4096] * len(spec.sizes)
         out, lse = module.forward(q, k, v, *captures, *sizes)
         module.backward(out, q, k, v, out, lse, *captures, *sizes)
     return log
+
+
+@contextmanager
+def _recording(text: str) -> Iterator[tuple[ModuleType, list[_Launch]]]:
+    """The module of a kernel file, and the launches that it makes instead of running them."""
+    log: list[_Launch] = []
+    with tempfile.TemporaryDirectory() as directory:
+        module = _fresh(emit.write_kernel(text, Path(directory)))
+        for name, value in list(vars(module).items()):
+            if name.endswith("_kernel"):
+                setattr(module, name, _Recorder(value, log))
+        yield module, log
 
 
 def _fresh(path: Path) -> ModuleType:
@@ -163,7 +199,8 @@ def _compile(launch: _Launch, name: str, target: str) -> Report:
             constants[(at,)] = constant
         if divisible:
             attributes[(at,)] = [["tt.divisibility", 16]]
-    built = triton.compile(ASTSource(kernel, signature, constants, attributes), target=TARGETS[target], options=options)
+    language = GluonASTSource if kernel.is_gluon() else ASTSource
+    built = triton.compile(language(kernel, signature, constants, attributes), target=TARGETS[target], options=options)
     registers, spill = _amd_usage(built.asm["amdgcn"]) if target.startswith("hip") else _nvidia_usage(built.asm["cubin"])
     return Report(kernel=name, target=target, registers=registers, spill_bytes=spill, shared_bytes=built.metadata.shared)
 
@@ -172,6 +209,9 @@ def _classify(value: Any, parameter: Any) -> tuple[str, Any, bool]:
     """Type in the signature, value if constant, whether it is a multiple of 16: as Triton specialises a launch."""
     if parameter.is_constexpr or value is None:
         return "constexpr", value, False
+    if isinstance(value, TensorDescriptor):
+        element = _POINTERS[value.base.dtype].removeprefix("*")
+        return f"tensordesc<{element}{list(value.block_shape)},{value.layout!r}>", None, False
     if isinstance(value, Tensor):
         return _POINTERS[value.dtype], None, True
     if parameter.do_not_specialize:

@@ -20,7 +20,9 @@ from torch import Tensor
 
 from ..errors import KernelError
 from ..ops.attention import AttentionSpec
-from . import emit
+from . import emit, hopper
+from .hooks import Variant
+from .hopper import Rings
 
 Layout = Literal["bhtd", "bthd"]
 Tile = tuple[int, int, int, int]  # queries, keys, warps, stages
@@ -46,35 +48,49 @@ class Launch:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Launches of the three kernels.
+    """Launches of the three kernels: general ones, or those for Hopper.
 
     `fast_tanh`: NVIDIA's own tanh instruction, with a relative error of 2^-11. `split_dkv`: dK and dV in two passes, each
     with twice the registers for its sum, at the cost of one more product of Q and K.
     """
 
-    forward: Launch
-    dq: Launch
-    dkv: Launch
+    forward: Launch | Rings
+    dq: Launch | Rings
+    dkv: Launch | Rings
     fast_tanh: bool = False
     split_dkv: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    @property
+    def for_hopper(self) -> frozenset[str]:
+        """The kernels that are those for Hopper."""
+        return frozenset(name for name in ("forward", "dq", "dkv") if isinstance(getattr(self, name), Rings))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """What a configuration depends on, beside the specification: never a sequence length."""
+    """What a configuration depends on, beside the specification: never a sequence length.
+
+    `copies`: whether the tensor memory accelerator, where there is one, can copy tiles of the operands.
+    """
 
     d_qk: int
     d_v: int
     dtype: torch.dtype
     arch: Arch
+    copies: bool = True
 
     @property
     def width(self) -> int:
         """The larger head dimension, as the kernels pad it."""
-        return max(16, 1 << (max(self.d_qk, self.d_v) - 1).bit_length())
+        return max(padded(self.d_qk), padded(self.d_v))
+
+
+def padded(dim: int) -> int:
+    """A head dimension as the kernels pad it."""
+    return max(16, 1 << (dim - 1).bit_length())
 
 
 def set_directory(directory: Path | str | None) -> None:
@@ -98,9 +114,16 @@ def forward(
     """`(out, lse)`: out [B, H, TQ, D_V] in v's dtype, dense in the order of `out_layout`; lse [B, H, TQ] float32, natural units,
     -inf for a row without keys.
 
+    Few queries go to the kernels of `decode`, unless a `config` for these ones is given.
+
     Raises:
         KernelError: shapes or dtypes that the kernels do not take.
     """
+    from . import decode
+
+    _check(q, k, v, captures, sizes, spec)
+    if config is None and decode.takes(q, k, v):
+        return decode.forward(q, k, v, captures, sizes, spec, out_layout=out_layout)
     module = _kernels(q, k, v, captures, sizes, spec, config)
     return module.forward(q, k, v, *captures, *sizes, out_layout=out_layout)
 
@@ -122,7 +145,10 @@ def backward(
 
     A row without keys: "zero" and "nan" rows send no gradient; "mean" rows send that of a softmax of equal logits.
     """
+    _check(q, k, v, captures, sizes, spec)
     module = _kernels(q, k, v, captures, sizes, spec, config)
+    if hopper.takes(q.dtype, architecture(q.device)) and not hopper.copies([grad_out]):
+        grad_out = grad_out.contiguous()
     return module.backward(grad_out, q, k, v, out, lse, *captures, *sizes)
 
 
@@ -139,21 +165,21 @@ def source(spec: AttentionSpec, problem: Problem, *, config: Config | None = Non
         dkv=config.dkv.options(),
         fast_tanh=config.fast_tanh,
         split_dkv=config.split_dkv,
+        hopper=config.for_hopper,
     )
 
 
 def _kernels(
     q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], sizes: Sequence[int], spec: AttentionSpec, config: Config | None
 ) -> ModuleType:
-    _check(q, k, v, captures, sizes, spec)
-    return _module(spec, q.shape[-1], v.shape[-1], q.dtype, q.device, config)
+    return _module(spec, q.shape[-1], v.shape[-1], q.dtype, q.device, hopper.copies([q, k, v]), config)
 
 
 @lru_cache(maxsize=1024)
 def _module(
-    spec: AttentionSpec, d_qk: int, d_v: int, dtype: torch.dtype, device: torch.device, config: Config | None
+    spec: AttentionSpec, d_qk: int, d_v: int, dtype: torch.dtype, device: torch.device, copies: bool, config: Config | None
 ) -> ModuleType:
-    problem = Problem(d_qk=d_qk, d_v=d_v, dtype=dtype, arch=architecture(device))
+    problem = Problem(d_qk=d_qk, d_v=d_v, dtype=dtype, arch=architecture(device), copies=copies)
     return emit.load_kernel(emit.write_kernel(source(spec, problem, config=config), _directory))
 
 
@@ -235,9 +261,23 @@ def default_config(spec: AttentionSpec, problem: Problem) -> Config:
     """
     if problem.width > 256:
         raise KernelError(f"Expected head dimensions up to 256 but got d_qk={problem.d_qk!r}, d_v={problem.d_v!r}.")
-    # Its error times a soft-cap is below the rounding of bfloat16 scores, not of float16 ones.
-    fast_tanh = "tanh" in spec.score and problem.arch.startswith("sm_") and problem.dtype == torch.bfloat16
-    return replace(_rules(problem)[max(64, problem.width)], fast_tanh=fast_tanh)
+    rule = replace(_rules(problem)[max(64, problem.width)], fast_tanh=takes_fast_tanh(spec, problem))
+    return _for_hopper(rule, spec, problem) if problem.copies and hopper.takes(problem.dtype, problem.arch) else rule
+
+
+def _for_hopper(rule: Config, spec: AttentionSpec, problem: Problem) -> Config:
+    """The rule with Hopper's own kernels; rows that average all values send gradients only through the general ones."""
+    variant = Variant(spec)
+    sloped = variant.constant_slope is None
+    chosen = hopper.rings(padded(problem.d_qk), padded(problem.d_v), crowded=variant.crowded, sloped=sloped)
+    if spec.empty == "mean":
+        chosen = {name: rings for name, rings in chosen.items() if name == "forward"}
+    return replace(rule, **chosen)  # type: ignore[arg-type]
+
+
+def takes_fast_tanh(spec: AttentionSpec, problem: Problem) -> bool:
+    """Whether NVIDIA's own tanh will do: its error times a soft-cap is below the rounding of bfloat16 scores, not of float16."""
+    return "tanh" in spec.score and problem.arch.startswith("sm_") and problem.dtype == torch.bfloat16
 
 
 def _rules(problem: Problem) -> dict[int, Config]:
@@ -257,8 +297,8 @@ def candidates(spec: AttentionSpec, problem: Problem) -> tuple[Config, ...]:
     base = default_config(spec, problem)
     found = [base, replace(base, split_dkv=not base.split_dkv)]
     for name in ("forward", "dq", "dkv"):
-        launch: Launch = getattr(base, name)
-        for other in _neighbours(launch):
+        launch: Launch | Rings = getattr(base, name)
+        for other in hopper.neighbours(launch) if isinstance(launch, Rings) else _neighbours(launch):
             found.append(replace(base, **{name: other}))  # type: ignore[arg-type]
     return tuple(dict.fromkeys(found))
 

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .primitives import LOG2E, load_tile, store_tile, tile_range, wide
+from .primitives import LOG2E, load_tile, mean_of_values, store_tile, tile_range, wide
 
 # ------------------------------------------------------------------------------------------------------------------------ Flags
 
@@ -172,20 +172,6 @@ def attend(
     return acc, total, peak
 
 
-@triton.jit
-def mean_of_values(
-    v_base, TK, stride_vt, stride_vd,
-    D_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    """[D_V]: the mean over all keys."""
-    acc = tl.zeros([BLOCK_V], dtype=tl.float32)
-    for n in range(0, tl.cdiv(TK, BLOCK_N)):
-        j0 = n * BLOCK_N
-        b_v = load_tile(v_base + wide(j0) * stride_vt, TK - j0, stride_vt, stride_vd, BLOCK_N, BLOCK_V, D_V, True)
-        acc += tl.sum(b_v.to(tl.float32), 0)
-    return acc / TK
-
-
 @triton.jit(do_not_specialize=RUNTIME)
 def forward_kernel(
     Q, K, V, Out, Lse, table,
@@ -213,7 +199,7 @@ def forward_kernel(
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
     peak = tl.full([BLOCK_M], -3.4028234663852886e38, dtype=tl.float32)
     if SINK:
-        logit = tl.sum(tl.broadcast_to(sink_logit(b, h, i, fixed, rows, captures), [BLOCK_M, 1]), 1)
+        logit = tl.sum(tl.zeros([BLOCK_M, 1], tl.float32) + sink_logit(b, h, i, fixed, rows, captures), 1)
         if FOLDED:
             logit = logit * LOG2E
         peak = tl.maximum(peak, logit)
@@ -274,12 +260,13 @@ def forward_kernel(
 def delta_kernel(
     Out, GradOut, Lse, Norm, Delta, GradSink, AnyEmpty,
     stride_ob, stride_oh, stride_ot, stride_od, stride_gb, stride_gh, stride_gt, stride_gd,
-    H, TQ, captures,
+    stride_n, H, TQ, captures,
     D_V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Row statistics of the backward pass, a tile of queries at a time.
 
     Norm: the log-sum-exp in the unit of the score, +inf for a row without keys. Delta: sum_d O dO. GradSink: -P_sink Delta.
+    Lines of Norm and Delta are stride_n >= TQ long, the rest zeros.
     """
     b = wide(tl.program_id(0) // H)
     h = wide(tl.program_id(0) % H)
@@ -296,8 +283,9 @@ def delta_kernel(
     norm = lse
     if FOLDED:
         norm = lse * LOG2E
-    tl.store(Norm + at, tl.where(empty, float("inf"), norm), mask=i < TQ)
-    tl.store(Delta + at, delta, mask=i < TQ)
+    line = (b * H + h) * stride_n + i
+    tl.store(Norm + line, tl.where(empty, float("inf"), norm), mask=i < stride_n)
+    tl.store(Delta + line, delta, mask=i < stride_n)
     if MEAN:
         if tl.max(empty.to(tl.int32)) == 1:
             tl.store(AnyEmpty, 1)
@@ -305,7 +293,7 @@ def delta_kernel(
         i_column = i[:, None]
         fixed = load_fixed(b, h, captures)
         rows = load_rows(b, h, tl.minimum(i_column, TQ - 1), fixed, captures)
-        logit = tl.sum(tl.broadcast_to(sink_logit(b, h, i_column, fixed, rows, captures), [BLOCK_M, 1]), 1)
+        logit = tl.sum(tl.zeros([BLOCK_M, 1], tl.float32) + sink_logit(b, h, i_column, fixed, rows, captures), 1)
         share = tl.where(empty, 0.0, tl.exp(logit - lse))
         tl.store(GradSink + at, -share * delta, mask=i < TQ)
 
@@ -352,7 +340,7 @@ def dq_kernel(
     Q, K, V, GradOut, Norm, Delta, GradQ, table,
     stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_kt, stride_kd,
     stride_vb, stride_vh, stride_vt, stride_vd, stride_gb, stride_gh, stride_gt, stride_gd,
-    stride_db, stride_dh, stride_dt, stride_dd, H, GROUP, TQ, TK, captures,
+    stride_db, stride_dh, stride_dt, stride_dd, stride_n, H, GROUP, TQ, TK, captures,
     D_QK: tl.constexpr, D_V: tl.constexpr, BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -371,9 +359,9 @@ def dq_kernel(
     g_base = GradOut + b * stride_gb + h * stride_gh + wide(i0) * stride_gt
     b_q = load_tile(q_base, TQ - i0, stride_qt, stride_qd, BLOCK_M, BLOCK_QK, D_QK, True)
     b_g = load_tile(g_base, TQ - i0, stride_gt, stride_gd, BLOCK_M, BLOCK_V, D_V, True)
-    at = (b * H + h) * TQ + i
-    norm = tl.load(Norm + at, mask=i < TQ, other=0.0)  # [M, 1]
-    delta = tl.load(Delta + at, mask=i < TQ, other=0.0)
+    line = (b * H + h) * stride_n + i
+    norm = tl.load(Norm + line, mask=i < TQ, other=0.0)  # [M, 1]
+    delta = tl.load(Delta + line, mask=i < TQ, other=0.0)
 
     dq = tl.zeros([BLOCK_M, BLOCK_QK], dtype=tl.float32)
     if TABLE:
@@ -417,7 +405,7 @@ def dq_kernel(
 @triton.jit
 def gather_dkv(
     dk, dv, b_k, b_v, Q, GradOut, Norm, Delta, tiles, first, last, b, h_first, members, j, TQ, TK,
-    stride_qh, stride_qt, stride_qd, stride_gh, stride_gt, stride_gd, captures,
+    stride_qh, stride_qt, stride_qd, stride_gh, stride_gt, stride_gd, stride_n, captures,
     MASKED: tl.constexpr, EMPTY: tl.constexpr, WITH_K: tl.constexpr, WITH_V: tl.constexpr,
     D_QK: tl.constexpr, D_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -448,11 +436,11 @@ def gather_dkv(
         b_q = load_tile(q_base, TQ - i0, stride_qt, stride_qd, BLOCK_M, BLOCK_QK, D_QK, MASKED)
         b_g = load_tile(g_base, TQ - i0, stride_gt, stride_gd, BLOCK_M, BLOCK_V, D_V, MASKED)
         if MASKED:
-            norm = tl.load(Norm + h * TQ + i, mask=i < TQ, other=0.0)  # [1, M]
-            delta = tl.load(Delta + h * TQ + i, mask=i < TQ, other=0.0)
+            norm = tl.load(Norm + h * stride_n + i, mask=i < TQ, other=0.0)  # [1, M]
+            delta = tl.load(Delta + h * stride_n + i, mask=i < TQ, other=0.0)
         else:
-            norm = tl.load(Norm + h * TQ + i)
-            delta = tl.load(Delta + h * TQ + i)
+            norm = tl.load(Norm + h * stride_n + i)
+            delta = tl.load(Delta + h * stride_n + i)
         s = tl.dot(b_k, b_q.T, input_precision=PRECISION)  # [N, M]
         inside = j < TK
         rows = load_rows(b, h, tl.minimum(i, TQ - 1), fixed, captures)
@@ -479,7 +467,7 @@ def gather_dkv(
 @triton.jit
 def gather_heads(
     dk, dv, b_k, b_v, Q, GradOut, Norm, Delta, AnyEmpty, n, b, h_first, members, j, TQ, TK, table,
-    stride_qh, stride_qt, stride_qd, stride_gh, stride_gt, stride_gd, captures,
+    stride_qh, stride_qt, stride_qd, stride_gh, stride_gt, stride_gd, stride_n, captures,
     WITH_K: tl.constexpr, WITH_V: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -490,12 +478,12 @@ def gather_heads(
         partial = tl.load(line + 1)
         dk, dv = gather_dkv(
             dk, dv, b_k, b_v, Q, GradOut, Norm, Delta, line + 2, 0, full, b, h_first, members, j, TQ, TK,
-            stride_qh, stride_qt, stride_qd, stride_gh, stride_gt, stride_gd, captures,
+            stride_qh, stride_qt, stride_qd, stride_gh, stride_gt, stride_gd, stride_n, captures,
             False, False, WITH_K, WITH_V, D_QK, D_V, BLOCK_M, BLOCK_QK, BLOCK_V,
         )  # fmt: skip
         dk, dv = gather_dkv(
             dk, dv, b_k, b_v, Q, GradOut, Norm, Delta, line + 2 + tl.cdiv(TQ, BLOCK_M), 0, partial, b, h_first, members, j, TQ, TK,
-            stride_qh, stride_qt, stride_qd, stride_gh, stride_gt, stride_gd, captures,
+            stride_qh, stride_qt, stride_qd, stride_gh, stride_gt, stride_gd, stride_n, captures,
             True, False, WITH_K, WITH_V, D_QK, D_V, BLOCK_M, BLOCK_QK, BLOCK_V,
         )  # fmt: skip
     else:
@@ -507,24 +495,24 @@ def gather_heads(
         if KEY_HEAD:
             dk, dv = gather_dkv(
                 dk, dv, b_k, b_v, Q, GradOut, Norm, Delta, None, first, full_first, b, h_first, members, j, TQ, TK,
-                stride_qh, stride_qt, stride_qd, stride_gh, stride_gt, stride_gd, captures,
+                stride_qh, stride_qt, stride_qd, stride_gh, stride_gt, stride_gd, stride_n, captures,
                 True, False, WITH_K, WITH_V, D_QK, D_V, BLOCK_M, BLOCK_QK, BLOCK_V,
             )  # fmt: skip
         dk, dv = gather_dkv(
             dk, dv, b_k, b_v, Q, GradOut, Norm, Delta, None, full_first, full_last, b, h_first, members, j, TQ, TK,
-            stride_qh, stride_qt, stride_qd, stride_gh, stride_gt, stride_gd, captures,
+            stride_qh, stride_qt, stride_qd, stride_gh, stride_gt, stride_gd, stride_n, captures,
             False, False, WITH_K, WITH_V, D_QK, D_V, BLOCK_M, BLOCK_QK, BLOCK_V,
         )  # fmt: skip
         dk, dv = gather_dkv(
             dk, dv, b_k, b_v, Q, GradOut, Norm, Delta, None, full_last, last, b, h_first, members, j, TQ, TK,
-            stride_qh, stride_qt, stride_qd, stride_gh, stride_gt, stride_gd, captures,
+            stride_qh, stride_qt, stride_qd, stride_gh, stride_gt, stride_gd, stride_n, captures,
             True, False, WITH_K, WITH_V, D_QK, D_V, BLOCK_M, BLOCK_QK, BLOCK_V,
         )  # fmt: skip
     if MEAN:
         if tl.load(AnyEmpty) != 0:
             dk, dv = gather_dkv(
                 dk, dv, b_k, b_v, Q, GradOut, Norm, Delta, None, 0, tl.cdiv(TQ, BLOCK_M), b, h_first, members, j, TQ, TK,
-                stride_qh, stride_qt, stride_qd, stride_gh, stride_gt, stride_gd, captures,
+                stride_qh, stride_qt, stride_qd, stride_gh, stride_gt, stride_gd, stride_n, captures,
                 True, True, WITH_K, WITH_V, D_QK, D_V, BLOCK_M, BLOCK_QK, BLOCK_V,
             )  # fmt: skip
     return dk, dv
@@ -535,7 +523,7 @@ def dkv_kernel(
     Q, K, V, GradOut, Norm, Delta, GradK, GradV, AnyEmpty, table,
     stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_kt, stride_kd,
     stride_vb, stride_vh, stride_vt, stride_vd, stride_gb, stride_gh, stride_gt, stride_gd,
-    stride_db, stride_dh, stride_dt, stride_dd, stride_eb, stride_eh, stride_et, stride_ed, H_KV, GROUP, TQ, TK, captures,
+    stride_db, stride_dh, stride_dt, stride_dd, stride_eb, stride_eh, stride_et, stride_ed, stride_n, H_KV, GROUP, TQ, TK, captures,
     WITH_K: tl.constexpr, WITH_V: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr,
     BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -552,21 +540,21 @@ def dkv_kernel(
 
     q_base = Q + b * stride_qb
     g_base = GradOut + b * stride_gb
-    norm = Norm + b * GROUP * H_KV * TQ
-    delta = Delta + b * GROUP * H_KV * TQ
+    norm = Norm + b * GROUP * H_KV * stride_n
+    delta = Delta + b * GROUP * H_KV * stride_n
     dk = tl.zeros([BLOCK_N, BLOCK_QK], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_V], dtype=tl.float32)
     if PER_HEAD:
         for h in range(h_kv * GROUP, (h_kv + 1) * GROUP):
             dk, dv = gather_heads(
                 dk, dv, b_k, b_v, q_base, g_base, norm, delta, AnyEmpty, n, b, h, 1, j, TQ, TK, table,
-                stride_qh, stride_qt, stride_qd, stride_gh, stride_gt, stride_gd, captures,
+                stride_qh, stride_qt, stride_qd, stride_gh, stride_gt, stride_gd, stride_n, captures,
                 WITH_K, WITH_V, D_QK, D_V, BLOCK_M, BLOCK_N, BLOCK_QK, BLOCK_V,
             )  # fmt: skip
     else:
         dk, dv = gather_heads(
             dk, dv, b_k, b_v, q_base, g_base, norm, delta, AnyEmpty, n, b, h_kv * GROUP, GROUP, j, TQ, TK, table,
-            stride_qh, stride_qt, stride_qd, stride_gh, stride_gt, stride_gd, captures,
+            stride_qh, stride_qt, stride_qd, stride_gh, stride_gt, stride_gd, stride_n, captures,
             WITH_K, WITH_V, D_QK, D_V, BLOCK_M, BLOCK_N, BLOCK_QK, BLOCK_V,
         )  # fmt: skip
     if WITH_K:
@@ -692,6 +680,42 @@ def block_table(q, k, captures, *, config, by_key):
     return table.expand(batch, heads, -1, -1)
 
 
+def launch_forward(q, k, v, out, lse, table, config, captures):
+    """O and log-sum-exp."""
+    batch, heads, t_q, d_qk = q.shape
+    h_kv, t_k, d_v = v.shape[1], v.shape[2], v.shape[3]
+    forward_kernel[(batch * heads, triton.cdiv(t_q, config["BLOCK_M"]))](
+        q, k, v, out, lse, table, *q.stride(), *k.stride(), *v.stride(), *out.stride(),
+        heads, heads // h_kv, t_q, t_k, captures,
+        D_QK=d_qk, D_V=d_v, BLOCK_QK=width_of(d_qk), BLOCK_V=width_of(d_v), **config,
+    )  # fmt: skip
+
+
+def launch_dq(grad_out, q, k, v, norm, delta, dq, table, config, captures):
+    """dQ."""
+    batch, heads, t_q, d_qk = q.shape
+    h_kv, t_k, d_v = v.shape[1], v.shape[2], v.shape[3]
+    dq_kernel[(batch * heads, triton.cdiv(t_q, config["BLOCK_M"]))](
+        q, k, v, grad_out, norm, delta, dq, table,
+        *q.stride(), *k.stride(), *v.stride(), *grad_out.stride(), *dq.stride(), norm.stride(1),
+        heads, heads // h_kv, t_q, t_k, captures,
+        D_QK=d_qk, D_V=d_v, BLOCK_QK=width_of(d_qk), BLOCK_V=width_of(d_v), **config,
+    )  # fmt: skip
+
+
+def launch_dkv(grad_out, q, k, v, norm, delta, any_empty, dk, dv, table, config, captures):
+    """dK and dV."""
+    batch, heads, t_q, d_qk = q.shape
+    h_kv, t_k, d_v = v.shape[1], v.shape[2], v.shape[3]
+    for with_k, with_v in DKV_PASSES:
+        dkv_kernel[(batch * h_kv, triton.cdiv(t_k, config["BLOCK_N"]))](
+            q, k, v, grad_out, norm, delta, dk, dv, any_empty, table,
+            *q.stride(), *k.stride(), *v.stride(), *grad_out.stride(), *dk.stride(), *dv.stride(), norm.stride(1),
+            h_kv, heads // h_kv, t_q, t_k, captures, WITH_K=with_k, WITH_V=with_v,
+            D_QK=d_qk, D_V=d_v, BLOCK_QK=width_of(d_qk), BLOCK_V=width_of(d_v), **config,
+        )  # fmt: skip
+
+
 def allocate_out(q, v, out_layout):
     """[B, H, T, D_V], dense in the order of `out_layout`: "bhtd" or "bthd"."""
     batch, heads, t_q, _ = q.shape
@@ -703,51 +727,34 @@ def allocate_out(q, v, out_layout):
 def forward(q, k, v, captures, *, config=None, out_layout="bhtd"):
     """`(out, lse)` of q [B, H, TQ, D], k [B, H_KV, TK, D], v [B, H_KV, TK, D_V], of any strides. lse is float32, natural units."""
     config = config or FORWARD
-    batch, heads, t_q, d_qk = q.shape
-    h_kv, t_k, d_v = v.shape[1], v.shape[2], v.shape[3]
     out = allocate_out(q, v, out_layout)
-    lse = torch.empty((batch, heads, t_q), dtype=torch.float32, device=q.device)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     if TABLE:
         table = block_table(q, k, captures, config=config, by_key=False)
-    forward_kernel[(batch * heads, triton.cdiv(t_q, config["BLOCK_M"]))](
-        q, k, v, out, lse, table, *q.stride(), *k.stride(), *v.stride(), *out.stride(),
-        heads, heads // h_kv, t_q, t_k, captures,
-        D_QK=d_qk, D_V=d_v, BLOCK_QK=width_of(d_qk), BLOCK_V=width_of(d_v), **config,
-    )  # fmt: skip
+    launch_forward(q, k, v, out, lse, table, config, captures)
     return out, lse
 
 
 def backward(grad_out, q, k, v, out, lse, captures, *, dq_config=None, dkv_config=None):
     """`(dq, dk, dv, d_sink)` for the results of `forward`; d_sink [B, H, TQ] float32, one term a row, `None` without a sink."""
     dq_config, dkv_config = dq_config or DQ, dkv_config or DKV
-    batch, heads, t_q, d_qk = q.shape
-    h_kv, t_k, d_v = v.shape[1], v.shape[2], v.shape[3]
-    group = heads // h_kv
+    batch, heads, t_q, _ = q.shape
+    d_v = v.shape[-1]
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    norm, delta = torch.empty_like(lse), torch.empty_like(lse)
+    norm, delta = torch.empty((2, batch, heads, -4 * (-t_q // 4)), dtype=torch.float32, device=q.device)
     d_sink = any_empty = None
     if SINK:
         d_sink = torch.empty_like(lse)
     if MEAN:
         any_empty = torch.zeros(1, dtype=torch.int32, device=q.device)
-    dims = {"D_QK": d_qk, "D_V": d_v, "BLOCK_QK": width_of(d_qk), "BLOCK_V": width_of(d_v)}
-    delta_kernel[(batch * heads, triton.cdiv(t_q, 64))](
-        out, grad_out, lse, norm, delta, d_sink, any_empty, *out.stride(), *grad_out.stride(),
+    delta_kernel[(batch * heads, triton.cdiv(norm.shape[-1], 64))](
+        out, grad_out, lse, norm, delta, d_sink, any_empty, *out.stride(), *grad_out.stride(), norm.stride(1),
         heads, t_q, captures, D_V=d_v, BLOCK_V=width_of(d_v), BLOCK_M=64, num_warps=4,
     )  # fmt: skip
     if TABLE:
         table = block_table(q, k, captures, config=dkv_config, by_key=True)
-    for with_k, with_v in DKV_PASSES:
-        dkv_kernel[(batch * h_kv, triton.cdiv(t_k, dkv_config["BLOCK_N"]))](
-            q, k, v, grad_out, norm, delta, dk, dv, any_empty, table,
-            *q.stride(), *k.stride(), *v.stride(), *grad_out.stride(), *dk.stride(), *dv.stride(),
-            h_kv, group, t_q, t_k, captures, WITH_K=with_k, WITH_V=with_v, **dims, **dkv_config,
-        )  # fmt: skip
+    launch_dkv(grad_out, q, k, v, norm, delta, any_empty, dk, dv, table, dkv_config, captures)
     if TABLE:
         table = block_table(q, k, captures, config=dq_config, by_key=False)
-    dq_kernel[(batch * heads, triton.cdiv(t_q, dq_config["BLOCK_M"]))](
-        q, k, v, grad_out, norm, delta, dq, table,
-        *q.stride(), *k.stride(), *v.stride(), *grad_out.stride(), *dq.stride(),
-        heads, group, t_q, t_k, captures, **dims, **dq_config,
-    )  # fmt: skip
+    launch_dq(grad_out, q, k, v, norm, delta, dq, table, dq_config, captures)
     return dq, dk, dv, d_sink

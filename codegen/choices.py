@@ -23,7 +23,9 @@ from effcompile.ops.attention import AttentionSpec, index_tensors
 from effcompile.terms import Load, from_text, is_condition
 from effcompile.viewmaps import hints_of
 
-from . import sdpa
+from . import decode, sdpa
+from .attention import padded
+from .hooks import Variant
 
 Lower = Callable[..., Node]
 
@@ -32,6 +34,8 @@ _TYPICAL_SIZE = 1024  # of a dimension that depends on data
 _QUERY_TILE = 128
 _MAX_DEPTH = 256  # of generated kernels
 _SDPA_MAX_DEPTH = 256
+_LEAST_KEYS = 256  # of a program's part of a decoding
+_L2_SPEED = 2.0  # of reading again what another program has just read, in main memory's
 _CPU_TRAINING_KEYS = 512  # below it the fused backward on a CPU is slower than Inductor's (benchmarks/cpu_attention.py)
 
 
@@ -65,7 +69,22 @@ class _Shape:
     @property
     def operands(self) -> int:
         """Bytes of queries, keys, values and output."""
-        return self.bytes * self.b * (self.h * self.tq * (self.d + self.dv) + self.hk * self.tk * (self.d + self.dv))
+        return self.rows + self.cache
+
+    @property
+    def rows(self) -> int:
+        """Bytes of queries and output."""
+        return self.bytes * self.b * self.h * self.tq * (self.d + self.dv)
+
+    @property
+    def cache(self) -> int:
+        """Bytes of keys and values."""
+        return self.bytes * self.b * self.hk * self.tk * (self.d + self.dv)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether there are so few queries that reading the keys is the work."""
+        return self.tq <= decode.MAX_QUERIES
 
     @property
     def pairs(self) -> int:
@@ -97,8 +116,9 @@ def _attention(match: Match, hardware: Hardware) -> list[Implementation]:
     exponentials = shape.pairs * (1 + spec.score.count("tanh"))
     fused = Work(flops=flops * density, bytes=shape.operands, transcendentals=exponentials * density)
     found = []
-    if generates_for(hardware) and max(shape.d, shape.dv) <= _MAX_DEPTH:
-        found.append(Implementation(candidate=_generated(fused, shape, hardware), lower=lower_generated))
+    if generates_for(hardware) and max(shape.d, shape.dv) <= _deepest(match):
+        ours = _decoding(spec, shape, density, hardware) if shape.decodes else _generated(fused, shape, hardware)
+        found.append(Implementation(candidate=ours, lower=lower_generated))
     found += _library(match, shape, hardware, fused)
     scores = shape.pairs * (2 * shape.bytes + 2 * shape.bytes)
     unfused = Work(flops=flops, bytes=shape.operands + scores, transcendentals=exponentials, launches=3)
@@ -111,9 +131,48 @@ def _generated(work: Work, shape: _Shape, hardware: Hardware) -> Candidate:
     tiles = -(-shape.tq // _QUERY_TILE)
     padding = tiles * _QUERY_TILE / shape.tq
     occupied = min(1.0, shape.b * shape.h * tiles / hardware.sms)
-    padded = Work(flops=work.flops * padding, bytes=work.bytes, transcendentals=work.transcendentals * padding)
+    for_hopper = hardware.arch == "sm_90" and shape.bytes == 2
+    padded_work = Work(
+        flops=work.flops * padding,
+        bytes=work.bytes,
+        transcendentals=work.transcendentals * padding,
+        launches=2 if for_hopper else 1,  # descriptors are written for each launch
+    )
+    reached = _hopper_efficiency(shape) if for_hopper else 0.5
     return Candidate(
-        name="triton", kind="generated", work=padded, compute_efficiency=0.5 * occupied, memory_efficiency=0.8 * occupied
+        name="triton", kind="generated", work=padded_work, compute_efficiency=reached * occupied, memory_efficiency=0.8 * occupied
+    )  # fmt: skip
+
+
+def _hopper_efficiency(shape: _Shape) -> float:
+    """Of forward kernels beside cuDNN's 0.75 (benchmarks/attention.py); depths are padded to powers of two."""
+    reached = {64: 0.67, 128: 0.76, 256: 0.7}[max(64, padded(shape.d), padded(shape.dv))]
+    return reached * (shape.d + shape.dv) / (padded(shape.d) + padded(shape.dv))
+
+
+def _deepest(match: Match) -> int:
+    """The largest head dimension that there are kernels for: more where the queries are certainly few, and there is no backward."""
+    queries = match.inputs["q"].shape[2]
+    few = not match.trains and sympy.sympify(queries).is_number and int(queries) <= decode.MAX_QUERIES
+    return decode.MAX_DEPTH if few else _MAX_DEPTH
+
+
+def _decoding(spec: AttentionSpec, shape: _Shape, density: float, hardware: Hardware) -> Candidate:
+    """All queries of a key head share one tile of 16 rows or more, and its visible keys are read once, in parts, then added up."""
+    span = Variant(spec).span
+    keys = shape.tk * density if span is None else min(shape.tk * density, shape.tq + span)
+    height = -(-shape.h // shape.hk * shape.tq // 16) * 16
+    programs = shape.b * shape.hk * max(1.0, keys // _LEAST_KEYS)
+    occupied = min(1.0, 2 * programs / hardware.sms)  # a program alone reads more than its share
+    pairs = shape.b * shape.hk * height * keys
+    work = Work(
+        flops=2 * pairs * (shape.d + shape.dv),
+        bytes=shape.rows + shape.cache * keys / max(1, shape.tk),
+        transcendentals=pairs * (1 + spec.score.count("tanh")),
+        launches=2,
+    )
+    return Candidate(
+        name="triton", kind="generated", work=work, compute_efficiency=0.4 * occupied, memory_efficiency=0.85 * occupied
     )  # fmt: skip
 
 
@@ -137,10 +196,25 @@ def _library(match: Match, shape: _Shape, hardware: Hardware, fused: Work) -> li
         return [Implementation(candidate=_named("sdpa-flash-cpu", work, 0.6), lower=sdpa.lower)]
     if call.attn_mask is not None or shape.bytes != 2 or shape.d > _SDPA_MAX_DEPTH or shape.d % 8:
         return []
+    if shape.decodes:
+        return [Implementation(candidate=_flash_decoding(shape, fused), lower=sdpa.lower)]
     found = [Implementation(candidate=_named("sdpa-flash", fused, 0.45), lower=sdpa.lower)]
-    if hardware.arch in ("sm_90", "sm_100") and shape.d <= 128 and shape.tq > 1:
+    if hardware.arch in ("sm_90", "sm_100") and shape.d <= 128:
         found.append(Implementation(candidate=_named("sdpa-cudnn", fused, 0.75), lower=sdpa.lower_cudnn))
     return found
+
+
+def _flash_decoding(shape: _Shape, fused: Work) -> Candidate:
+    """FlashAttention 2 splits the keys too. A group of heads shares them if there is one query; else each head reads its own."""
+    again = 1.0 if shape.tq == 1 else max(1.0, shape.h // shape.hk / _L2_SPEED)
+    tile = -(-shape.tq // 64) * 64 / shape.tq if shape.tq > 1 else 64 / min(64, shape.h // shape.hk)
+    work = Work(
+        flops=fused.flops * tile,
+        bytes=shape.rows + shape.cache * again,
+        transcendentals=fused.transcendentals * tile,
+        launches=2,
+    )
+    return Candidate(name="sdpa-flash", kind="library", work=work, compute_efficiency=0.45, memory_efficiency=0.8)
 
 
 def _trains_on_cpu(call: sdpa.Call, shape: _Shape) -> bool:

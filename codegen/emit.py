@@ -14,7 +14,7 @@ import re
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -51,8 +51,10 @@ def attention_source(
     dkv: Mapping[str, int],
     fast_tanh: bool = False,
     split_dkv: bool = False,
+    hopper: Collection[str] = (),
 ) -> str:
-    """The text of the kernel file. `dtype` is a torch name such as "bfloat16"; the three mappings are launch configurations.
+    """The text of the kernel file. `dtype` is a torch name such as "bfloat16"; the three mappings are launch configurations;
+    `hopper` names those of "forward", "dq" and "dkv" that are written for Hopper.
 
     Raises:
         KernelError: the specification loads from a tensor that is not among its captures.
@@ -60,25 +62,83 @@ def attention_source(
     """
     variant = Variant(spec, wide_values=dtype != "float16")
     configs = {"FORWARD": forward, "DQ": dq, "DKV": dkv}
-    text = _template("attention_kernels.py")
-    text = weave.drop(text, (*_HOOKS, *_SETTINGS, *variant.flags, *configs))
+    parts = [
+        _constants(variant, configs, split_dkv), _primitives(_tanh(dtype, fast_tanh)), _heading("The specification"),
+        variant.hooks(), _kernels(variant, configs, hopper),
+        _heading("Reference"), _reference(variant), _heading("Check"), _main(variant, _MAIN, d_qk, d_v, dtype),
+    ]  # fmt: skip
+    return _file(_header(variant, d_qk, d_v, dtype, configs), parts, _HOPPER_IMPORTS if hopper else "")
+
+
+def _kernels(variant: Variant, configs: Mapping[str, Mapping[str, int]], hopper: Collection[str]) -> str:
+    """Kernels and host functions, those named by `hopper` from its own template."""
+    general = _woven(variant, "attention_kernels.py", "Forward", configs)
+    if not hopper:
+        return general
+    special = _woven(variant, "hopper_kernels.py", "Hopper", configs)
+    launches = {f"launch_{name}" for name in ("forward", "dq", "dkv")}
+    taken = {f"launch_{name}" for name in hopper}
+    return weave.drop(general, taken) + "\n\n" + weave.drop(special, launches - taken)
+
+
+def decode_source(
+    spec: AttentionSpec,
+    *,
+    d_qk: int,
+    d_v: int,
+    dtype: str,
+    tiles: Sequence[Mapping[str, int]],
+    resident: int,
+    fast_tanh: bool = False,
+) -> str:
+    """The text of the kernel file for few queries. `tiles` are launch configurations by rising BLOCK_M, `resident` is the number of
+    programs that share a processor.
+
+    Raises:
+        KernelError: the specification loads from a tensor that is not among its captures.
+        ExpressionError: an expression that Triton cannot compute.
+    """
+    variant = Variant(spec, wide_values=dtype != "float16")
+    listed = "".join(f"    {dict(tile)!r},\n" for tile in tiles)
+    settings = {"TILES": f"(\n{listed})", "RESIDENT": repr(resident), "SPAN": repr(variant.span)}
+    constants = "\n".join(f"{name} = {value}" for name, value in settings.items())
+    parts = [
+        _constants(variant, {}, False), constants, _primitives(_tanh(dtype, fast_tanh)), _heading("The specification"),
+        variant.hooks(), _woven(variant, "decode_kernels.py", "Decode", settings),
+        _heading("Reference"), _reference(variant), _heading("Check"), _main(variant, _DECODE_MAIN, d_qk, d_v, dtype),
+    ]  # fmt: skip
+    configs = {f"{tile['BLOCK_M']} rows": tile for tile in tiles}
+    return _file(_header(variant, d_qk, d_v, dtype, configs), parts)
+
+
+def _woven(variant: Variant, template: str, title: str, settings: Iterable[str]) -> str:
+    """The kernels and host functions of a template, with the variant's flags decided and its lists filled in."""
+    text = weave.drop(_template(template), (*_HOOKS, *_SETTINGS, *variant.flags, *settings))
     text = weave.prune(text, variant.flags)
     text = weave.replace_calls(text, variant.loaders())  # type: ignore[arg-type]
     text = weave.expand(text, variant.groups, lambda name, call, function: _arguments(variant, name, call, function))
-    text = _without_preamble(text)
-    tanh = "tanh_approx" if fast_tanh else "tanh_exact" if dtype == "float32" else "tanh"
-    parts = [
-        _constants(variant, configs, split_dkv), _primitives(tanh), _heading("The specification"), variant.hooks(), text,
-        _heading("Reference"), _reference(variant), _heading("Check"), _main(variant, d_qk, d_v, dtype),
-    ]  # fmt: skip
+    return _without_preamble(text, title)
+
+
+def _file(header: str, parts: Sequence[str], imports: str = "") -> str:
     body = weave.tidy(weave.reachable("\n\n".join(parts), _ROOTS))
-    header = _header(variant, d_qk, d_v, dtype, configs)
-    return f"{header}\n\nimport torch\nimport triton\nimport triton.language as tl\n\n{body}\n\n{_ENTRY}"
+    first = "import functools\n\n" if imports else ""
+    return f"{header}\n\n{first}import torch\nimport triton\nimport triton.language as tl\n{imports}\n{body}\n\n{_ENTRY}"
+
+
+def _tanh(dtype: str, fast: bool) -> str:
+    return "tanh_approx" if fast else "tanh_exact" if dtype == "float32" else "tanh"
 
 
 _SETTINGS = (
     "SCALE", "SLOPE", "SLOPE_LEFT", "PRECISION", "RUNTIME", "DKV_PASSES", "TABLE_BY_BATCH", "TABLE_BY_HEAD", "TABLE_CHUNK",
+    "CROWDED",
 )  # fmt: skip
+_HOPPER_IMPORTS = """from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+"""
 _ENTRY = 'if __name__ == "__main__":\n    main()\n'
 
 
@@ -87,12 +147,12 @@ def _template(name: str) -> str:
     return (_HERE / name).read_text(encoding="ascii")
 
 
-def _without_preamble(text: str) -> str:
-    """The template from its first function on: docstring, imports and flags have been dealt with."""
+def _without_preamble(text: str, title: str) -> str:
+    """The template from its first function on, under a title: docstring, imports and flags have been dealt with."""
     source = weave.Source(text)
     first = next(node for node in source.tree.body if isinstance(node, ast.FunctionDef))
     start = source.line_span(first)[0]
-    return _heading("Forward") + "\n\n" + text[start:]
+    return _heading(title) + "\n\n" + text[start:]
 
 
 def _arguments(variant: Variant, name: str, call: ast.Call | None, function: ast.FunctionDef) -> Sequence[str]:
@@ -103,9 +163,9 @@ def _arguments(variant: Variant, name: str, call: ast.Call | None, function: ast
     if name == "captures":
         return variant.launch_captures if launched else variant.host_captures
     if name == "table":
-        if function.name == "block_table":
-            return ("table",)
-        return ("table", "*table.stride()[:3]") if variant.needs_table else ()
+        if not variant.needs_table:
+            return ()
+        return ("table", "*table.stride()[:3]") if launched and function.name != "block_table" else ("table",)
     return variant.groups[name]
 
 
@@ -119,10 +179,11 @@ def _constants(variant: Variant, configs: Mapping[str, Mapping[str, int]], split
         f"SCALE = tl.constexpr({variant.scale!r})",
         f"SLOPE_LEFT = tl.constexpr({1.0 if variant.constant_slope is None else variant.constant_slope!r})",
         f"PRECISION = tl.constexpr({variant.spec.precision!r})",
-        f"RUNTIME = {['TQ', 'TK', 'LINES', *variant.groups['table'][1:], *variant.spec.sizes]!r}",
+        f"RUNTIME = {['TQ', 'TK', 'LINES', 'SPLITS', *variant.groups['table'][1:], *variant.spec.sizes]!r}",
         f"TABLE_BY_BATCH = {variant.table_depends_on('b')}",
         f"TABLE_BY_HEAD = {variant.table_depends_on('h')}",
         f"DKV_PASSES = {((True, False), (False, True)) if split_dkv else ((True, True),)!r}",
+        f"CROWDED = tl.constexpr({variant.crowded!r})",
         f"TABLE_CHUNK = {2 if variant.exact_table else 32}",
     ]
     return "\n".join(lines + [f"{name} = {dict(config)!r}" for name, config in configs.items()])
@@ -139,7 +200,7 @@ def _header(variant: Variant, d_qk: int, d_v: int, dtype: str, configs: Mapping[
     spec = variant.spec
     sink = "" if variant.sink is None else f"\n    sink:   {to_text(variant.sink)}"
     sizes = ", ".join((*spec.captures, *spec.sizes)) or "none"
-    tiles = "\n".join(f"    {name.lower():<8}{', '.join(f'{k}={v}' for k, v in c.items())}" for name, c in configs.items())
+    tiles = "\n".join(f"    {name.lower():<9}{', '.join(f'{k}={v}' for k, v in c.items())}" for name, c in configs.items())
     return f'''"""Attention, written by effcompile.
 
     O[b,h,i,:] = sum_j P[b,h,i,j] V[b,h//g,j,:]
@@ -191,7 +252,7 @@ _REFERENCE = '''def reference(q, k, v<CAPTURES>):
 '''
 
 
-def _main(variant: Variant, d_qk: int, d_v: int, dtype: str) -> str:
+def _main(variant: Variant, template: str, d_qk: int, d_v: int, dtype: str) -> str:
     captures = []
     for name in variant.spec.captures:
         kind = "torch.bool" if name in variant.bool_captures else "torch.int32" if name in variant.int_captures else "torch.float32"
@@ -199,7 +260,7 @@ def _main(variant: Variant, d_qk: int, d_v: int, dtype: str) -> str:
         captures.append(f"    {name} = torch.zeros([{shape}], device=device, dtype={kind})\n")
     captures += [f"    {name} = t\n" for name in variant.spec.sizes]
     passed = "".join(f", {name}" for name in variant.host_captures)
-    text = _MAIN.replace("<D_QK>", str(d_qk)).replace("<D_V>", str(d_v)).replace("<DTYPE>", f"torch.{dtype}")
+    text = template.replace("<D_QK>", str(d_qk)).replace("<D_V>", str(d_v)).replace("<DTYPE>", f"torch.{dtype}")
     return text.replace("<MAKE>", "".join(captures)).replace("<PASSED>", passed)
 
 
@@ -222,6 +283,23 @@ _MAIN = '''def main(batch=1, heads=8, h_kv=2, t=1024, device="cuda"):
         with torch.no_grad():
             print(f"forward  {triton.testing.do_bench(lambda: forward(q, k, v<PASSED>)):.3f} ms")
             print(f"backward {triton.testing.do_bench(lambda: backward(out, q, k, v, out, lse<PASSED>)):.3f} ms")
+'''
+
+_DECODE_MAIN = '''def main(batch=1, heads=32, h_kv=8, queries=1, t=8192, device="cuda"):
+    """Compares the result with the reference in float32, and times the kernels."""
+    torch.manual_seed(0)
+    q = torch.randn(batch, heads, queries, <D_QK>, device=device, dtype=<DTYPE>)
+    k = torch.randn(batch, h_kv, t, <D_QK>, device=device, dtype=<DTYPE>)
+    v = torch.randn(batch, h_kv, t, <D_V>, device=device, dtype=<DTYPE>)
+<MAKE>    expected, _ = reference(q.float(), k.float(), v.float()<PASSED>)
+    for splits in (None, 1, 3):
+        out, lse = forward(q, k, v<PASSED>, splits=splits)
+        worst = (out.float() - expected).abs().max() / expected.abs().max()
+        print(f"{splits or 'chosen'} parts: largest error {worst.item():.1e} of the largest value")
+    if device == "cuda":
+        ms = triton.testing.do_bench(lambda: forward(q, k, v<PASSED>))
+        moved = (k.numel() + v.numel()) * k.element_size() / ms * 1e-6
+        print(f"forward  {ms:.4f} ms, {moved:.0f} GB/s if it read all keys and values")
 '''
 
 

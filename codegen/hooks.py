@@ -149,6 +149,14 @@ class Variant:
         return not (bounds.lo == 0 and bounds.full_lo == 0)
 
     @cached_property
+    def span(self) -> int | None:
+        """`n` neighbouring queries meet a range of at most `n + span` keys; None if no number is known."""
+        bounds, n = tile_bounds(self.mask, wanted="j"), sympy.Dummy("n", integer=True, positive=True)
+        lows, highs = sympy.Max.make_args(bounds.lo), sympy.Min.make_args(bounds.hi)
+        lengths = [sympy.expand((hi - lo).xreplace({I1: I0 + n - 1})) for hi in highs for lo in lows]
+        return min((int(spare) for length in lengths for spare in (length - n, length - 1) if spare.is_Integer), default=None)
+
+    @cached_property
     def loads_by_head(self) -> bool:
         """Whether a load that depends on the key alone, or on neither index, depends on the head."""
         return any(load.has(integer_symbol("h")) for level in ("fixed", "cols") for load in self.loads[level])
@@ -162,8 +170,8 @@ class Variant:
             "SLOPED": self.constant_slope is None,
             "TABLE": self.needs_table,
             "EXACT": self.exact_table,
-            "HEAD": self.has_head("j"),
-            "KEY_HEAD": self.has_head("i"),
+            "HEAD": self.has_head("j") and not self.needs_table,
+            "KEY_HEAD": self.has_head("i") and not self.needs_table,
             "BY_HEAD": self.loads_by_head,
             "PER_HEAD": self.mask.has(integer_symbol("h")),
             "SINK": self.sink is not None,
@@ -269,6 +277,11 @@ class Variant:
         if self.needs_table:
             parts += [self.classify(), TABLE_LINE]
         return "\n\n".join(parts)
+
+    @property
+    def crowded(self) -> bool:
+        """Whether the mask compares loaded integers, of 64 bits as a rule."""
+        return any(isinstance(load, IntLoad) for load in self.mask.atoms(Load))
 
     @property
     def slope_term(self) -> Term:

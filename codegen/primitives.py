@@ -89,3 +89,17 @@ def tile_range(lo, full_lo, full_hi, hi, BLOCK: tl.constexpr):
     full_first = tl.minimum(tl.maximum(tl.cast((full_lo + BLOCK - 1) // BLOCK, tl.int32), first), last)
     full_last = tl.maximum(tl.minimum(tl.cast(full_hi // BLOCK, tl.int32), last), full_first)
     return first, full_first, full_last, last
+
+
+@triton.jit
+def mean_of_values(
+    v_base, TK, stride_vt, stride_vd,
+    D_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """[D_V]: the mean over all keys."""
+    acc = tl.zeros([BLOCK_V], dtype=tl.float32)
+    for n in range(0, tl.cdiv(TK, BLOCK_N)):
+        j0 = n * BLOCK_N
+        b_v = load_tile(v_base + wide(j0) * stride_vt, TK - j0, stride_vt, stride_vd, BLOCK_N, BLOCK_V, D_V, True)
+        acc += tl.sum(b_v.to(tl.float32), 0)
+    return acc / TK

@@ -101,7 +101,7 @@ def _block(source: Source, statements: Sequence[ast.stmt], indent: int) -> str:
 
 
 def expand(text: str, parameters: Mapping[str, Sequence[str]], arguments: Arguments) -> str:
-    """Replaces group names in parameter lists by `parameters[name]`, in argument lists by `arguments(name, call, function)`."""
+    """Replaces group names in parameter lists by `parameters[name]`, in argument lists and tuples by `arguments(...)`."""
     source = Source(text)
     edits: list[Edit] = []
     for function in (node for node in source.tree.body if isinstance(node, ast.FunctionDef)):
@@ -109,8 +109,9 @@ def expand(text: str, parameters: Mapping[str, Sequence[str]], arguments: Argume
             if parameter.arg in parameters:
                 names = parameters[parameter.arg] if is_kernel(function) else arguments(parameter.arg, None, function)
                 edits.append(_listed(source, parameter, names))
-        for call in (node for node in ast.walk(function) if isinstance(node, ast.Call)):
-            for argument in call.args:
+        for listing in (node for node in ast.walk(function) if isinstance(node, ast.Call | ast.Tuple)):
+            call = listing if isinstance(listing, ast.Call) else None
+            for argument in listing.args if isinstance(listing, ast.Call) else listing.elts:
                 if isinstance(argument, ast.Name) and argument.id in parameters:
                     edits.append(_listed(source, argument, arguments(argument.id, call, function)))
     text = re.sub(f"{_NOTHING},[ ]?", "", source.apply(edits))

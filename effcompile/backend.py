@@ -146,13 +146,18 @@ class Pipeline:
         self.keep("lifted", lifted.graph_module)
         return lifted.graph_module
 
+    @property
+    def strict(self) -> bool:
+        """Whether the original's rounding points are kept."""
+        return self.config.numerics == "strict"
+
     def normalize(self, module: GraphModule) -> None:
         """One spelling for what has several."""
         if not self.config.enabled("normalize"):
             return
         with self.timed("normalize"):
             for inner in graph_modules(module):
-                for line in normalize(inner):
+                for line in normalize(inner, strict=self.strict):
                     log.debug("%s: %s", self.name, line)
                 inner.recompile()
         self.keep("normalize", module)
@@ -181,7 +186,7 @@ class Pipeline:
 
     def view(self, module: GraphModule) -> GraphView:
         """What the recognisers read of a graph."""
-        return GraphView(module, strict=self.config.numerics == "strict", mutating=self.mutating)
+        return GraphView(module, strict=self.strict, mutating=self.mutating)
 
     def settle(self, module: GraphModule, attempt: Attempt, rule: Rule, hardware: Hardware) -> Settled:
         """Decide about one attempt and carry the decision out."""

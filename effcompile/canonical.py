@@ -81,7 +81,10 @@ def _relation(term: Relational, ranges: Ranges, key: sympy.Symbol) -> Term:
 
 
 def _equation(kind: type[Relational], difference: Term) -> Term:
-    """`difference == 0`, as positive terms == negative terms."""
+    """`difference == 0`, as positive terms == negative terms; `|x| == 0` as `x == 0`."""
+    inner = difference.as_coeff_Mul()[1]
+    if isinstance(inner, sympy.Abs):
+        return _equation(kind, sympy.expand(inner.args[0]))
     left, right = _sides(difference)
     left, right = sorted((left, right), key=lambda side: (side.is_number, to_text(side)))
     return kind(left, right)
@@ -113,7 +116,7 @@ def _at_most_zero(difference: Term, ranges: Ranges, key: sympy.Symbol) -> Term:
 
 
 def _strongest(kind: type[And] | type[Or], term: Term, ranges: Ranges) -> Term:
-    """A conjunction without the parts that another part implies; a disjunction without those that imply another."""
+    """A conjunction without the parts that another part implies, false if two exclude each other; likewise a disjunction."""
     if not isinstance(term, kind):
         return term
     kept = list(term.args)
@@ -121,7 +124,17 @@ def _strongest(kind: type[And] | type[Or], term: Term, ranges: Ranges) -> Term:
         others = [x for x in kept if x is not part]
         if any(_implies(*((x, part) if kind is And else (part, x)), ranges) for x in others):
             kept = others
+    if kind is And and any(_exclude(x, y, ranges) for x in kept for y in kept):
+        return sympy.false
     return kind(*kept)
+
+
+def _exclude(a: Term, b: Term, ranges: Ranges) -> bool:
+    """Whether `key <= x` and `key >= y` cannot both hold, because x < y."""
+    if not (isinstance(a, sympy.Le) and isinstance(b, sympy.Ge)) or a.args[0] != b.args[0]:
+        return False
+    gap = b.args[1] - a.args[1] - 1
+    return bool(gap.is_integer) and ranges.is_nonnegative(sympy.expand(gap))
 
 
 def _implies(a: Term, b: Term, ranges: Ranges) -> bool:

@@ -22,7 +22,10 @@ _ROLES = {
     aten.bmm.default: (0, 1),
     aten.mm.default: (0, 1),
     aten.baddbmm.default: (1, 2),
+    aten.addmm.default: (1, 2),
 }
+BIASED = (aten.baddbmm.default, aten.addmm.default)
+"""Contractions that add their first argument to the result, with factors `beta` and `alpha`."""
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 

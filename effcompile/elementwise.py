@@ -5,6 +5,7 @@ Numbers are terms too. Operations on booleans give conditions; `as_number` and `
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ aten = torch.ops.aten
 
 Operation = Callable[..., Term]
 _UNSIGNED_ONE = sympy.S.One
+_MOST_CHOICES = 3  # in a comparison that is taken apart: the cases multiply
 
 
 def as_number(term: Term) -> Term:
@@ -94,6 +96,8 @@ ARITHMETIC: dict[Any, Operation] = {
     aten.exp.default: sympy.exp,
     aten.exp2.default: lambda x: sympy.Pow(2, x),
     aten.log.default: lambda x: -sympy.oo if x == 0 else sympy.log(x),
+    aten.log1p.default: lambda x: sympy.log(1 + x),
+    aten.log2.default: lambda x: -sympy.oo if x == 0 else sympy.log(x) / sympy.Float(math.log(2)),
     aten.sqrt.default: sympy.sqrt,
     aten.rsqrt.default: lambda x: 1 / sympy.sqrt(x),
     aten.tanh.default: sympy.tanh,
@@ -148,7 +152,27 @@ def compare(ranges: Ranges, relation: Any, a: Term, b: Term) -> Term:
     if is_condition(a) and is_condition(b) and relation in (sympy.Eq, sympy.Ne):
         different = Xor(a, b)
         return Not(different) if relation is sympy.Eq else different
-    return ranges.compare(relation, as_number(a), as_number(b))
+    a, b = as_number(a), as_number(b)
+    choice = _first_choice(a) or _first_choice(b)
+    if choice is None or not (_is_choice(a) and _is_choice(b)) or len(a.atoms(Where) | b.atoms(Where)) > _MOST_CHOICES:
+        return ranges.compare(relation, a, b)
+    either = [compare(ranges, relation, *(x.xreplace({choice: taken}) for x in (a, b))) for taken in choice.args[1:]]
+    return ranges.where(choice.args[0], *either)
+
+
+def _is_choice(term: Term) -> bool:
+    """Whether a term is a number or a sum or product of choices among numbers, so that comparing it is logic."""
+    if isinstance(term, (sympy.Add, sympy.Mul)):
+        return all(_is_choice(a) for a in term.args)
+    if isinstance(term, Where):
+        return all(_is_choice(a) for a in term.args[1:])
+    return bool(term.is_number)
+
+
+def _first_choice(term: Term) -> Where | None:
+    if isinstance(term, Where):
+        return term
+    return next((found for a in term.args if (found := _first_choice(a)) is not None), None)
 
 
 def divide(ranges: Ranges, a: Term, b: Term, rounding_mode: str | None) -> Term:

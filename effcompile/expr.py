@@ -28,6 +28,7 @@ from .viewmaps import Index, broadcast, is_float, shape_of, size_term, view_sour
 aten = torch.ops.aten
 
 _MAX_DEPTH = 400
+_LONGEST_NUMBER = 64  # operations of a number that are computed again for each pair of query and key, rather than loaded
 
 
 class Interpreter:
@@ -94,7 +95,7 @@ class Interpreter:
 
     def is_sought(self, term: Term) -> bool:
         """Whether a term is, or is made of, what stops the interpreter: scores, or a node that is opaque to it."""
-        return bool(term.has(Dot)) or (isinstance(term, Load) and self.is_opaque(self.loaded[term.tensor]))
+        return bool(term.has(Dot)) or any(self.is_opaque(self.loaded[load.tensor]) for load in term.atoms(Load))
 
     # ---------------------------------------------------------------- one node
 
@@ -114,6 +115,8 @@ class Interpreter:
             self.loaded[node.name] = node
             result = Dot(sympy.Symbol(node.name), *index)
         if result is None or not stands_for(result, node.meta["val"].dtype, self.ranges):
+            return self.load(node, index)
+        if not is_condition(result) and is_longer(result, _LONGEST_NUMBER) and not self.is_sought(result):
             return self.load(node, index)
         return result
 
@@ -167,6 +170,17 @@ class Interpreter:
                 self.apply(operation, [*arguments[:k], otherwise, *arguments[k + 1 :]], floating),
             )
         return simple_number(operation(*arguments))
+
+
+def is_longer(term: Term, most: int) -> bool:
+    """Whether a term has more than `most` subterms."""
+    left, stack = most, [term]
+    while stack:
+        left -= 1
+        if left < 0:
+            return True
+        stack += stack.pop().args
+    return False
 
 
 def constant_value(node: Node) -> bool | int | float | None:

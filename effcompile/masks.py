@@ -2,6 +2,7 @@
 
 s + where(c, 0, -inf)          -> score s, mask c          where(c, s, finfo.min)  -> score s, mask c
 where(c, s + bias, -1e30)      -> score s + bias, mask c   (s + where(c, 0, -inf)) * 2 -> score 2*s, mask c
+where(a, where(c, s, -inf), s) -> score s, mask c | ~a
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import sympy
-from sympy.logic.boolalg import And, Not
+from sympy.core.relational import Relational
+from sympy.logic.boolalg import And, Not, Or
 
 from .ops.attention import Empty
 from .ranges import Ranges
 from .terms import Load, Term, Where, is_condition
 
 _MASKING = -6e4  # at most this, a fill takes a key out: its weight is exp(fill - maximum) = 0 in float32
+_MOST_PARTS = 16
 _ABSORBING = -1e30  # at most this, score + fill == fill in every floating-point dtype
 
 
@@ -67,7 +70,7 @@ def _peel(logit: Term) -> tuple[Term, Term, tuple[_Fill, ...]]:
         if _is_fill(then):
             score, mask, fills = _peel(otherwise)
             return score, And(Not(condition), mask), (_Fill(then, False), *fills)
-        return logit, sympy.true, ()
+        return _peel_choice(logit)
     if isinstance(logit, sympy.Mul):
         factor, rest = logit.as_coeff_Mul()
         if factor.is_positive and rest.is_Add and rest.has(Where):
@@ -79,6 +82,16 @@ def _peel(logit: Term) -> tuple[Term, Term, tuple[_Fill, ...]]:
     if isinstance(logit, sympy.Add):
         return _peel_sum(logit)
     return logit, sympy.true, ()
+
+
+def _peel_choice(logit: Where) -> tuple[Term, Term, tuple[_Fill, ...]]:
+    """A choice between two logits, of which one is masked at least: the masks are chosen between, and so are the scores."""
+    condition, then, otherwise = logit.args
+    (score, mask, fills), (other, other_mask, other_fills) = _peel(then), _peel(otherwise)
+    if not fills and not other_fills:
+        return logit, sympy.true, ()
+    both = Or(And(condition, mask), And(Not(condition), other_mask))
+    return Where(condition, score, other), both, tuple(dict.fromkeys((*fills, *other_fills)))
 
 
 def _peel_sum(logit: sympy.Add) -> tuple[Term, Term, tuple[_Fill, ...]]:
@@ -109,6 +122,8 @@ def _outermost(part: Term) -> Term:
     for factor in part.args if isinstance(part, sympy.Mul) else ():
         if isinstance(factor, Where) and factor.args[2] == 0 and factor.args[1].is_number:
             others = sympy.Mul(*(f for f in part.args if f is not factor))
+            if others.has(sympy.oo, -sympy.oo):
+                continue
             return Where(factor.args[0], factor.args[1] * others, sympy.S.Zero)
     return part
 
@@ -119,12 +134,22 @@ def _is_fill(term: Term) -> bool:
 
 def never_empty(mask: Term, ranges: Ranges, i: sympy.Symbol, j: sympy.Symbol, keys: Term, queries: Term) -> bool:
     """Whether every row is proved to have a key: one of `j = i`, `j = i + keys - queries`, `j = 0`, the last, always satisfies."""
-    for key in (i, i + keys - queries, sympy.S.Zero, keys - 1):
-        if not ranges.is_below(key, keys):
-            continue
-        if ranges.refine(mask.xreplace({j: key})) is sympy.true:
-            return True
-    return False
+    chosen = [mask.xreplace({j: key}) for key in (i, i + keys - queries, sympy.S.Zero, keys - 1) if ranges.is_below(key, keys)]
+    if any(ranges.refine(row) is sympy.true for row in chosen):
+        return True
+    parts = _parts(mask, ranges, i)
+    return bool(parts) and all(any(part.refine(row) is sympy.true for row in chosen) for part in parts)
+
+
+def _parts(mask: Term, ranges: Ranges, i: sympy.Symbol) -> list[Ranges]:
+    """The range of `i`, taken apart at the numbers that the mask compares it with; nothing if there are none, or many."""
+    compared = [x for x in mask.atoms(Relational) if i in x.args and any(a.is_Integer for a in x.args)]
+    ends = {int(a) + step for x in compared for a in x.args if a.is_Integer for step in (0, 1)}
+    bounds = ranges.get(i)
+    if not compared or len(ends) > _MOST_PARTS or bounds is None or not bounds[1].is_Integer:
+        return []
+    starts = sorted({0, *(n for n in ends if 0 < n <= bounds[1])})
+    return [ranges.given(And(i >= start, i < end)) for start, end in zip(starts, [*starts[1:], int(bounds[1]) + 1], strict=True)]
 
 
 def drop_shift(
@@ -137,11 +162,17 @@ def drop_shift(
     """
     shifts = []
     for part in sympy.Add.make_args(logit):
-        load = part.as_coeff_Mul()[1]
-        if isinstance(load, Load) and key not in part.free_symbols and is_maximum(load):
+        if key not in part.free_symbols and _is_maximum(part.as_coeff_Mul()[1], is_maximum):
             shifts.append(part)
     if also is None:
         return logit - sympy.Add(*shifts), None
     others = sympy.Add.make_args(also)
     common = sympy.Add(*(part for part in shifts if part in others))
     return logit - common, also - common
+
+
+def _is_maximum(term: Term, is_maximum: Callable[[Load], bool]) -> bool:
+    """Whether a term is a maximum of logits, or the larger one of that and a number."""
+    if isinstance(term, sympy.Max):
+        return all(x.is_number or _is_maximum(x, is_maximum) for x in term.args)
+    return isinstance(term, Load) and is_maximum(term)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -86,20 +86,18 @@ class GraphView:
         return lift(module).graph_module.graph
 
     def dead_without(self, output: Node) -> set[Node]:
-        """The nodes that only `output` needs, itself included."""
+        """The nodes that only `output` needs, itself and those that nothing needs included."""
         dead = {output}
         for node in reversed(self.graph.nodes):
-            if node in dead or not is_pure(node):
-                continue
-            if node.users and all(user in dead for user in node.users):
+            if node.op != "placeholder" and is_pure(node) and all(user in dead for user in node.users):
                 dead.add(node)
         return dead
 
 
-def contractions_after(node: Node) -> Iterator[tuple[Node, Node]]:
+def contractions_after(node: Node, through: Callable[[Node], bool] | None = None) -> Iterator[tuple[Node, Node]]:
     """Contractions that `node` reaches through views, casts and dropout: `(contraction, the operand that came from node)`.
 
-    What else uses it is not followed; see `other_users`.
+    `through` names further operations to follow. What else uses the node is not followed; a contraction that nothing uses is none.
     """
     seen: set[Node] = set()
     frontier = [node]
@@ -107,8 +105,9 @@ def contractions_after(node: Node) -> Iterator[tuple[Node, Node]]:
         current = frontier.pop()
         for user in current.users:
             if contraction_of(user) is not None:
-                yield user, current
-            elif is_passage(user) and user not in seen:
+                if user.users:
+                    yield user, current
+            elif user not in seen and (is_passage(user) or (through is not None and through(user))):
                 seen.add(user)
                 frontier.append(user)
 

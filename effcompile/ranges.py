@@ -221,6 +221,10 @@ class Ranges:
         if self._narrows(condition):
             then = self.given(condition).refine(then)
             otherwise = self.given(Not(condition)).refine(otherwise)
+        if isinstance(then, Where):
+            then = then.xreplace({condition: sympy.true, Not(condition): sympy.false})
+        if isinstance(otherwise, Where):
+            otherwise = otherwise.xreplace({condition: sympy.false, Not(condition): sympy.true})
         if is_condition(then) or is_condition(otherwise):
             return Or(And(condition, then), And(Not(condition), otherwise))
         return Where(condition, then, otherwise)

@@ -16,10 +16,10 @@ import torch
 from torch.fx import Node
 
 from . import elementwise
-from .contraction import Dot
+from .contraction import BIASED, Dot
 from .elementwise import as_condition, as_number
 from .faithful import is_exact, is_finite_choice, rounded
-from .terms import Term, Where, integer_symbol, number, truth
+from .terms import Load, NanToZero, Term, Where, integer_symbol, number, truth
 from .viewmaps import Index, argument_term, from_the_start, is_float, shape_of, slice_start
 
 if TYPE_CHECKING:
@@ -75,6 +75,11 @@ def _zeros(interpreter: Interpreter, node: Node, index: Index) -> Term | None:
 @_rule(aten.scalar_tensor.default)
 def _scalar_tensor(interpreter: Interpreter, node: Node, index: Index) -> Term | None:
     return _of_dtype(node, _scalar(node.args[0]))
+
+
+@_rule(aten.eye.default, aten.eye.m)
+def _eye(interpreter: Interpreter, node: Node, index: Index) -> Term | None:
+    return _of_dtype(node, as_number(interpreter.ranges.compare(sympy.Eq, *index)))
 
 
 @_rule(aten.arange.default, aten.arange.start, aten.arange.start_step)
@@ -153,6 +158,27 @@ def _remainder(interpreter: Interpreter, node: Node, index: Index) -> Term | Non
     return interpreter.apply(interpreter.ranges.modulo, [a, b])
 
 
+@_rule(aten.nan_to_num.default)
+def _nan_to_num(interpreter: Interpreter, node: Node, index: Index) -> Term | None:
+    """Scores count as finite. What is loaded may be anything, and is left; probabilities are numbers or NaN."""
+    term = interpreter.element(node.args[0], index)
+    if not is_float(node):
+        return term
+    given = {"nan": None, "posinf": None, "neginf": None, **node.kwargs}
+    given.update(zip(("nan", "posinf", "neginf"), node.args[1:], strict=False))
+    nan = given["nan"] or 0.0
+    if term.has(Load):
+        return NanToZero(term) if nan == 0 and interpreter.is_sought(term) and not term.has(Dot) else None
+    limits = torch.finfo(node.meta["val"].dtype)
+    top = limits.max if given["posinf"] is None else given["posinf"]
+    bottom = limits.min if given["neginf"] is None else given["neginf"]
+    known = {sympy.nan: number(nan), sympy.oo: number(top), -sympy.oo: number(bottom)}
+    if isinstance(term, sympy.Add):  # s + where(c, 0, -inf) as where(c, s, -inf)
+        term = interpreter.apply(sympy.Add, list(term.args), True)
+    result = interpreter.apply(lambda x: known.get(x, x), [term], True)
+    return None if result.has(sympy.oo, -sympy.oo) else result
+
+
 @_rule(aten.dropout.default, aten.native_dropout.default)
 def _dropout(interpreter: Interpreter, node: Node, index: Index) -> Term | None:
     if node.target is aten.native_dropout.default or (node.args[1] != 0 and node.args[2]):
@@ -160,9 +186,43 @@ def _dropout(interpreter: Interpreter, node: Node, index: Index) -> Term | None:
     return interpreter.element(node.args[0], index)
 
 
+@_rule(aten.outer.default)
+def _outer(interpreter: Interpreter, node: Node, index: Index) -> Term | None:
+    return sympy.Mul(*(as_number(interpreter.element(vector, (k,))) for vector, k in zip(node.args, index, strict=True)))
+
+
+@_rule(aten.block_diag.default)
+def _block_diag(interpreter: Interpreter, node: Node, index: Index) -> Term | None:
+    """Inside of a block its element, outside zero."""
+    if any(len(shape_of(part)) != 2 for part in node.args[0]):
+        return None
+    ranges, start = interpreter.ranges, [sympy.S.Zero, sympy.S.Zero]
+    result = _of_dtype(node, sympy.S.Zero)
+    for part in node.args[0]:
+        end = [first + n for first, n in zip(start, shape_of(part), strict=True)]
+        low = (ranges.compare(sympy.Ge, k, first) for k, first in zip(index, start, strict=True))
+        high = (ranges.compare(sympy.Lt, k, last) for k, last in zip(index, end, strict=True))
+        inside = sympy.And(*low, *high)
+        if inside is not sympy.false:
+            there = tuple(k - first for k, first in zip(index, start, strict=True))
+            result = _choose(interpreter, node, inside, interpreter.branch(part, there), result)
+        start = end
+    return result
+
+
+@_rule(aten.hstack.default, aten.vstack.default)
+def _stacked(interpreter: Interpreter, node: Node, index: Index) -> Term | None:
+    if any(len(shape_of(part)) < 2 for part in node.args[0]):
+        return None
+    return _concatenated(interpreter, node, index, 1 if node.target is aten.hstack.default else 0)
+
+
 @_rule(aten.cat.default)
 def _cat(interpreter: Interpreter, node: Node, index: Index) -> Term | None:
-    dim = wrap_dim(node.args[1] if len(node.args) > 1 else 0, len(index))
+    return _concatenated(interpreter, node, index, wrap_dim(node.args[1] if len(node.args) > 1 else 0, len(index)))
+
+
+def _concatenated(interpreter: Interpreter, node: Node, index: Index, dim: int) -> Term:
     parts = [p for p in node.args[0] if p.meta["val"].dim() == len(index)]
     offset: Term = sympy.S.Zero
     pieces = []
@@ -253,10 +313,24 @@ def _position(interpreter: Interpreter, positions: Node, index: Index, size: Ter
     return Where(term < 0, term + size, term) if known is None else known
 
 
+_GRIDS = (aten.meshgrid.default, aten.meshgrid.indexing)
+
+
+def _swaps_first_two(grid: Node) -> bool:
+    return "xy" in (*grid.args[1:], *grid.kwargs.values())
+
+
 @_rule(operator.getitem)
 def _subscript(interpreter: Interpreter, node: Node, index: Index) -> Term | None:
-    """`x[p, q]` with positions that are tensors without dimensions, as a score_mod writes it."""
+    """`x[p, q]` with positions that are tensors without dimensions, as a score_mod writes it; one grid of a meshgrid."""
     source, positions = node.args
+    if source.target in _GRIDS:
+        along = index[::-1] if _swaps_first_two(source) and len(index) == 2 else index
+        return (
+            None
+            if _swaps_first_two(source) and len(index) > 2
+            else interpreter.element(source.args[0][positions], (along[positions],))
+        )
     positions = positions if isinstance(positions, (tuple, list)) else (positions,)
     if not isinstance(source.meta.get("val"), torch.Tensor):
         return None
@@ -341,8 +415,8 @@ def wrap_dim(dim: int, rank: int) -> int:
     return dim + rank if dim < 0 else dim
 
 
-@_rule(aten.baddbmm.default)
-def _baddbmm(interpreter: Interpreter, node: Node, index: Index) -> Term | None:
+@_rule(*BIASED)
+def _biased(interpreter: Interpreter, node: Node, index: Index) -> Term | None:
     """`beta * bias + alpha * Dot`."""
     beta, alpha = (node.kwargs.get(name, 1) for name in ("beta", "alpha"))
     interpreter.loaded[node.name] = node

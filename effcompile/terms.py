@@ -121,6 +121,12 @@ class Sigmoid(sympy.Function):
         return (1 / (1 + sympy.exp(-self.args[0]))).evalf(prec)
 
 
+class NanToZero(sympy.Function):
+    """`x`, or 0 where x is not a number. Recognition removes it: it has no textual form."""
+
+    is_real = True
+
+
 FUNCTIONS: dict[str, Callable[..., Term]] = {
     "where": Where,
     "bool": IsTrue,

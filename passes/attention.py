@@ -7,13 +7,14 @@ lies between, however spelled, becomes the `score` and `mask` of an `AttentionSp
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import sympy
 import torch
 from torch.fx import Node
 
-from effcompile.contraction import Contraction, Dot, contraction_of
+from effcompile.contraction import BIASED, Contraction, Dot, contraction_of
 from effcompile.errors import ExpressionError
 from effcompile.expr import Interpreter, names_of
 from effcompile.ir import Match, Rejected, Rule
@@ -42,6 +43,7 @@ from .specify import (
     short,
     with_depth,
 )  # fmt: skip
+from .weights import may_mask, weights_of
 
 aten = torch.ops.aten
 
@@ -84,18 +86,12 @@ class _Refold(Exception):
 def parts_in(anchor: Node, view: GraphView, values: Contraction, side: int, at: Coordinates) -> Parts:
     """Everything of the attention whose output contraction reads in these coordinates."""
     _check_modes(anchor, values.node, view)
-    where, keys_with_sink = _probability_index(anchor, view, values, side, at)
-    extra = sympy.expand(keys_with_sink - at.extents["j"])
-    if extra not in (0, 1):
-        raise Stop("probabilities", f"{extra} more logits than values take part in the softmax", anchor)
+    weights = weights_of(anchor, view, values, side, at)
     interpreter = view.interpreter(at.ranges, anchor)
-    logit = interpreter.element(anchor.args[0], where)
-    dim = _softmax_dim(anchor)
-    sink = None
-    if extra == 1:
-        past_the_end = tuple(at.extents["j"] if k == dim else term for k, term in enumerate(where))
-        sink = interpreter.element(anchor.args[0], past_the_end)
-    dot, contraction = _score_contraction(logit, interpreter, anchor)
+    logit = interpreter.element(anchor.args[0], weights.index)
+    beside = _further_logit(anchor, weights.index, at)
+    sink = None if beside is None else interpreter.element(anchor.args[0], beside)
+    logit, dot, contraction = _score_contraction(logit, interpreter, at, anchor)
     logit, sink = drop_shift(logit, J, lambda load: is_maximum(interpreter.loaded[load.tensor]), sink)
     q, k = _query_and_key(contraction, dot, at, view, anchor)
     v_index = values.operand_index(1 - side, tuple(at.index[letter] for letter in values.out), J)
@@ -107,6 +103,9 @@ def parts_in(anchor: Node, view: GraphView, values: Contraction, side: int, at: 
     trains = any(view.needs_gradient(x.node, anchor) for x in (q_best, k_best))
     safe = anchor.target is aten._safe_softmax.default
     taken = split(logit, at.ranges, I, J, at.extents["j"], at.extents["i"], safe=safe, trains=trains)
+    if sink is not None and taken.empty in ("mean", "nan"):
+        taken = replace(taken, empty="zero")  # all of the row's weight is the sink's
+    taken = weights.apply(taken, at.ranges, values.node)
     check_logit(taken, sink, anchor)
     return Parts(
         view=view, anchor=anchor, output=values.node, coordinates=at, logit=taken, sink=sink, q=q_best, k=k_best, v=v_best,
@@ -132,7 +131,7 @@ def _softmax_dim(anchor: Node) -> int:
 
 def _values_contraction(anchor: Node) -> tuple[Contraction, int]:
     """The contraction that the probabilities feed, and which of its operands they are."""
-    found = list(contractions_after(anchor))
+    found = list(contractions_after(anchor, may_mask))
     if not found:
         _check_changed(anchor)
         _check_rearranged(anchor)
@@ -144,7 +143,7 @@ def _values_contraction(anchor: Node) -> tuple[Contraction, int]:
     assert contraction is not None
     if contraction.operands[0] is contraction.operands[1]:
         raise Stop("probabilities", "the probabilities are contracted with themselves", node)
-    if node.target is aten.baddbmm.default and node.kwargs.get("beta", 1) != 0:
+    if node.target in BIASED and node.kwargs.get("beta", 1) != 0:
         raise Stop("probabilities", "the contraction with the values adds a bias", node)
     _check_dropout(anchor, operand)
     return contraction, contraction.operands.index(operand)
@@ -262,43 +261,61 @@ def _heads_of(anchor: Node, folded: Term) -> Term | None:
     return None
 
 
-def _probability_index(anchor: Node, view: GraphView, values: Contraction, side: int, at: Coordinates) -> tuple[Index, Term]:
-    """The index into the softmax's result at which (b, h, i, j) stands, and the extent of its axis."""
-    interpreter = view.interpreter(at.ranges, anchor, opaque=(anchor,))
-    out = tuple(at.index[letter] for letter in values.out)
-    element = interpreter.element(values.operands[side], values.operand_index(side, out, J))
-    if not (isinstance(element, Load) and element.tensor == anchor.name):
-        raise Stop("probabilities", f"the probabilities are changed before they meet the values: {short(element)}", values.node)
-    where, dim = element.indices, _softmax_dim(anchor)
-    if where[dim] != J or any(J in term.free_symbols for k, term in enumerate(where) if k != dim):
-        raise Stop("probabilities", "the contraction with the values is not over the axis of the softmax", values.node)
-    return where, shape_of(anchor)[dim]
+def _further_logit(anchor: Node, index: Index, at: Coordinates) -> Index | None:
+    """The index of the one logit that has no value, before the keys or after them; None if there is none."""
+    dim = _softmax_dim(anchor)
+    extra = sympy.expand(shape_of(anchor)[dim] - at.extents["j"])
+    first = index[dim] - J
+    if extra == 0:
+        return None
+    if extra != 1:
+        raise Stop("probabilities", f"{extra} more logits than values take part in the softmax", anchor)
+    return tuple((at.extents["j"] if first == 0 else sympy.S.Zero) if k == dim else term for k, term in enumerate(index))
 
 
 # -------------------------------------------------------------------- queries, keys and values
 
 
-def _score_contraction(logit: Term, interpreter: Interpreter, anchor: Node) -> tuple[Dot, Contraction]:
-    dots = names_of(logit, Dot)
-    elements = [dot for found in dots.values() for dot in found]
+def _score_contraction(logit: Term, interpreter: Interpreter, at: Coordinates, anchor: Node) -> tuple[Term, Dot, Contraction]:
+    """The logit as one of queries with keys, the element of that contraction, and it. Other contractions are loaded."""
+    elements = [dot for found in names_of(logit, Dot).values() for dot in found]
     if not elements:
         raise Stop("scores", f"the logits are no function of a contraction: {short(logit)}", anchor)
-    if len(elements) > 1:
-        raise Stop("scores", f"the logits depend on {len(elements)} contraction results ({', '.join(dots)})", anchor)
-    if any(elements[0] in load.free_symbols or load.has(Dot) for found in names_of(logit, Load).values() for load in found):
+    found = [dot for dot in elements if _sides(interpreter.contraction(dot), dot) is not None]
+    if not found:
+        raise Stop(
+            "scores",
+            "an operand of the score contraction depends on both the query and the key position",
+            interpreter.contraction(elements[0]).node,
+        )
+    chosen = max(found, key=lambda dot: _depth(interpreter.contraction(dot)))
+    others = {dot: interpreter.load(interpreter.contraction(dot).node, dot.index) for dot in elements if dot != chosen}
+    logit = logit.xreplace(others)
+    if any(load.has(Dot) for found in names_of(logit, Load).values() for load in found):
         raise Stop("scores", "a tensor is indexed by scores", anchor)
-    return elements[0], interpreter.contraction(elements[0])
+    return logit, chosen, interpreter.contraction(chosen)
+
+
+def _depth(contraction: Contraction) -> int:
+    depth = contraction.size(contraction.summed)
+    return int(depth) if depth.is_Integer else 0
+
+
+def _sides(contraction: Contraction, dot: Dot) -> tuple[int, list[Index]] | None:
+    """Which operand has the keys, and the index into each; None if one depends on both positions."""
+    indices = [contraction.operand_index(which, dot.index, D) for which in (0, 1)]
+    has_key = [any(J in term.free_symbols for term in index) for index in indices]
+    has_query = [any(I in term.free_symbols for term in index) for index in indices]
+    key = 0 if has_key[0] or has_query[1] else 1
+    return None if has_key[1 - key] or has_query[key] else (key, indices)
 
 
 def _query_and_key(
     contraction: Contraction, dot: Dot, at: Coordinates, view: GraphView, anchor: Node
 ) -> tuple[list[Traced], list[Traced]]:
-    indices = [contraction.operand_index(which, dot.index, D) for which in (0, 1)]
-    has_key = [any(J in term.free_symbols for term in index) for index in indices]
-    has_query = [any(I in term.free_symbols for term in index) for index in indices]
-    key = 0 if has_key[0] or has_query[1] else 1
-    if has_key[1 - key] or has_query[key]:
-        raise Stop("scores", "an operand of the score contraction depends on both the query and the key position", contraction.node)
+    sides = _sides(contraction, dot)
+    assert sides is not None
+    key, indices = sides
     depth = contraction.size(contraction.summed)
     if not depth.is_Integer:
         raise Stop("scores", "the head dimension is not a fixed number", contraction.node)

@@ -51,9 +51,9 @@ def _parts(anchor: Node, view: GraphView) -> Parts:
     depth = shape_of(q)[-1]
     inner = with_depth(at, depth)
     best = choose(
-        candidates(q, broadcast(index, shape_of(q)), inner, view, anchor, (B, H, I, D)),
-        candidates(k, grouped_index(k, (*index[:2], J, D), True, at), inner, view, anchor, (B, H, J, D)),
-        candidates(v, grouped_index(v, (*index[:2], J, D), True, at), at, view, anchor, (B, H, J, D)),
+        candidates(q, broadcast(index, shape_of(q)), inner, view, anchor, (B, H, I, D), whole=True),
+        candidates(k, grouped_index(k, (*index[:2], J, D), True, at), inner, view, anchor, (B, H, J, D), whole=True),
+        candidates(v, grouped_index(v, (*index[:2], J, D), True, at), at, view, anchor, (B, H, J, D), whole=True),
         anchor,
     )
     loaded: dict[str, Node] = {}

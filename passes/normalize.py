@@ -14,25 +14,28 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-import sympy
 import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from effcompile.builder import Builder, erase_with_inputs, escapes, is_pure
-from effcompile.viewmaps import shape_of
+
+from .handwritten import VIEWS as _VIEWS
+from .handwritten import softmax_of_exponential, softmax_of_product, softmax_of_quotient
+from .rearrange import rearrange
 
 aten = torch.ops.aten
 
 Rewrite = Callable[[Node], "Node | None"]
-_VIEWS = (aten.reshape.default, aten._unsafe_view.default)
-_PRODUCTS = (aten.matmul.default, aten.bmm.default)
 _CONSTANTS = (aten.full.default, aten.ones.default, aten.zeros.default, aten.scalar_tensor.default)
 _COPIES = (aten.lift_fresh_copy.default, aten.detach.default, aten.clone.default)
 
 
-def normalize(module: GraphModule) -> list[str]:
-    """Apply every rewrite once at each node, in graph order; returns a line for each that applied."""
+def normalize(module: GraphModule, *, strict: bool = False) -> list[str]:
+    """Apply every rewrite once at each node, in graph order, then rearrange sums; returns a line for each that applied.
+
+    `strict` is that of the view in which attentions will be recognised.
+    """
     log = []
     for node in module.graph.nodes:
         if node.op != "call_function":
@@ -46,123 +49,7 @@ def normalize(module: GraphModule) -> list[str]:
                 node.replace_all_uses_with(replacement)
                 erase_with_inputs(node)
                 break
-    return log
-
-
-# -------------------------------------------------------------------- softmax written out
-
-
-def _softmax_of_quotient(node: Node) -> Node | None:
-    """`e / sum(e, dim)` with `e = exp(x)`, shifted or not; also `(e @ v) / sum(e, -1)`."""
-    numerator, denominator = node.args[:2]
-    if not isinstance(numerator, Node) or not isinstance(denominator, Node):
-        return None
-    return _normalised(node, numerator, denominator)
-
-
-def _softmax_of_product(node: Node) -> Node | None:
-    """`e * (1 / sum(e, dim))`, either way round."""
-    for numerator, factor in (node.args[:2], node.args[1::-1]):
-        if isinstance(numerator, Node) and isinstance(factor, Node) and factor.target is aten.reciprocal.default:
-            return _normalised(node, numerator, factor.args[0])  # type: ignore[arg-type]
-    return None
-
-
-def _normalised(node: Node, numerator: Node, denominator: Node) -> Node | None:
-    total, weights = _unviewed(denominator), numerator
-    if total.target is not aten.sum.dim_IntList or total.kwargs.get("dtype") not in (None, node.meta["val"].dtype):
-        return None
-    if numerator.target in _PRODUCTS and total.args[0] is numerator.args[0]:
-        weights = numerator.args[0]  # type: ignore[assignment]
-    dim = _reduced(denominator, total, weights)
-    logits = None if dim is None else _exponent(weights)
-    if dim is None or logits is None or shape_of(node) != shape_of(numerator):
-        return None
-    if weights is numerator:
-        return _softmax(node, _unshifted(logits, dim), dim)
-    if dim != weights.meta["val"].dim() - 1 or numerator.meta["val"].dim() != dim + 1:
-        return None
-    softmax = _softmax(weights, _unshifted(logits, dim), dim, before=node)
-    return None if softmax is None else Builder(node.graph, node).call(numerator.target, softmax, *numerator.args[1:])
-
-
-def _exponent(weights: Node) -> Any:
-    """`x` of `exp(x)`; `masked_fill(x, m, -inf)` of `masked_fill(exp(x), m, 0)`."""
-    if weights.target is aten.exp.default:
-        return weights.args[0]
-    if weights.target is not aten.masked_fill.Scalar or weights.args[2] != 0:
-        return None
-    inner: Any = weights.args[0]
-    if inner.target is not aten.exp.default:
-        return None
-    # A shift by the maximum of all, masked ones too, changes nothing.
-    logits = _unshifted(inner.args[0], None)
-    return Builder(weights.graph, weights).call(aten.masked_fill.Scalar, logits, weights.args[1], float("-inf"))
-
-
-def _softmax_of_exponential(node: Node) -> Node | None:
-    """`exp(x - logsumexp(x, dim))` and `exp(log_softmax(x, dim))`."""
-    source = node.args[0]
-    if not isinstance(source, Node):
-        return None
-    if source.target in (aten.log_softmax.int, aten._log_softmax.default):
-        return _softmax(node, source.args[0], int(source.args[1]))  # type: ignore[call-overload]
-    if source.target is not aten.sub.Tensor or not isinstance(source.args[1], Node):
-        return None
-    logits, shift = source.args[:2]
-    total = _unviewed(shift)
-    if total.target is not aten.logsumexp.default:
-        return None
-    dim = _reduced(shift, total, logits)
-    return None if dim is None else _softmax(node, logits, dim)
-
-
-def _unviewed(node: Any) -> Any:
-    """What `node` is a view of, with dimensions of size 1 put in."""
-    while node.target in (*_VIEWS, aten.view.default, aten.unsqueeze.default, aten.detach.default):
-        node = node.args[0]
-    return node
-
-
-def _reduced(result: Node, reduction: Node, source: Any) -> int | None:
-    """The one dimension that `reduction` takes of `source`, if `result`, a view of it, has size 1 there and is else as `source`."""
-    if reduction.args[0] is not source or len(reduction.args) < 2:
-        return None
-    dims: Any = reduction.args[1]
-    dims = [dims] if isinstance(dims, int) else list(dims)
-    if len(dims) != 1:
-        return None
-    shape = list(shape_of(source))
-    dim = int(dims[0]) % len(shape)
-    shape[dim] = sympy.S.One
-    return dim if list(shape_of(result)) == shape else None
-
-
-def _unshifted(logits: Any, dim: int | None) -> Any:
-    """`x` of `x - max(x, dim)`, of any dimension if it is None; anything else unchanged."""
-    if not isinstance(logits, Node) or logits.target is not aten.sub.Tensor or not isinstance(logits.args[1], Node):
-        return logits
-    source, shift = logits.args[:2]
-    top = _unviewed(shift)
-    if getattr(top.target, "__name__", "") == "getitem" and top.args[1] == 0:
-        top = top.args[0]
-    if top.target not in (aten.amax.default, aten.max.dim):
-        return logits
-    found = _reduced(shift, top, source)
-    return source if found is not None and dim in (None, found) else logits
-
-
-def _softmax(node: Node, logits: Any, dim: int, before: Node | None = None) -> Node | None:
-    if not isinstance(logits, Node):
-        return None
-    new, old = logits.meta["val"], node.meta["val"]
-    dtype = old.dtype if new.dtype != old.dtype else None
-    builder = Builder(node.graph, before or node)
-    result = builder.call(aten.softmax.int, logits, dim, dtype)
-    if shape_of(result) != shape_of(node) or result.meta["val"].dtype != old.dtype:
-        builder.undo()
-        return None
-    return result
+    return log + rearrange(module, strict=strict)
 
 
 # -------------------------------------------------------------------- concatenations, views, constants
@@ -252,9 +139,9 @@ def _inactive_dropout(node: Node) -> Node | None:
 
 
 REWRITES: dict[Any, tuple[Rewrite, ...]] = {
-    aten.div.Tensor: (_softmax_of_quotient,),
-    aten.mul.Tensor: (_softmax_of_product,),
-    aten.exp.default: (_softmax_of_exponential,),
+    aten.div.Tensor: (softmax_of_quotient,),
+    aten.mul.Tensor: (softmax_of_product,),
+    aten.exp.default: (softmax_of_exponential,),
     aten.cat.default: (_cat_with_empty,),
     aten.add.Tensor: (_added_zero,),
     aten.dropout.default: (_inactive_dropout,),

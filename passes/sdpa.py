@@ -69,9 +69,9 @@ def _parts(anchor: Node, view: GraphView) -> Parts:
         raise Stop("scores", "the head dimension is not a fixed number", anchor)
     inner = with_depth(at, depth)
     traced = (
-        candidates(q, broadcast((*batch, I, D), shape_of(q)), inner, view, anchor, (B, H, I, D)),
-        candidates(k, grouped_index(k, (*batch, J, D), call["enable_gqa"], at), inner, view, anchor, (B, H, J, D)),
-        candidates(v, grouped_index(v, (*batch, J, D), call["enable_gqa"], at), at, view, anchor, (B, H, J, D)),
+        candidates(q, broadcast((*batch, I, D), shape_of(q)), inner, view, anchor, (B, H, I, D), whole=True),
+        candidates(k, grouped_index(k, (*batch, J, D), call["enable_gqa"], at), inner, view, anchor, (B, H, J, D), whole=True),
+        candidates(v, grouped_index(v, (*batch, J, D), call["enable_gqa"], at), at, view, anchor, (B, H, J, D), whole=True),
     )
     best = choose(*traced, anchor)
     interpreter = view.interpreter(at.ranges, anchor)

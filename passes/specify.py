@@ -5,6 +5,7 @@ queries, keys, values as views of tensors  +  a logit over (s, b, h, i, j)   -> 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from effcompile.contraction import Dot
 from effcompile.expr import names_of, rename
 from effcompile.ir import Match, Operand, Rejected
 from effcompile.masks import Logit
-from effcompile.operands import Traced, as_operand, trace
+from effcompile.operands import Roles, Traced, as_operand, regrouped, trace
 from effcompile.ops.attention import AttentionSpec
 from effcompile.pattern import GraphView, describe, is_passage
 from effcompile.ranges import Ranges
@@ -68,10 +69,19 @@ class Parts:
     loaded: Mapping[str, Node]
 
 
-def candidates(node: Node, index: Index, at: Coordinates, view: GraphView, anchor: Node, roles: tuple[Term, ...]) -> list[Traced]:
-    """The tensors that could be passed for an operand, within the mode region of the anchor."""
+def candidates(
+    node: Node, index: Index, at: Coordinates, view: GraphView, anchor: Node, roles: tuple[Term, ...], *, whole: bool = False
+) -> list[Traced]:
+    """The tensors that could be passed for an operand, within the mode region of the anchor.
+
+    `whole` says that all of `node` takes part, so that its sizes are those of the operation, by whatever symbols they go.
+    """
     here = view.regions.get(anchor)
-    return trace(node, index, at.ranges, H, roles, lambda n: view.regions.get(n) != here)
+    known = Roles(symbols=roles, extents=tuple(at.extents[str(role)] for role in roles))
+    return trace(
+        node, index, at.ranges, known.within(node, index) if whole else known,
+        lambda n: view.regions.get(n) != here, lambda size: symbol_node(view, str(size)) is not None,
+    )  # fmt: skip
 
 
 def with_depth(at: Coordinates, depth: Term) -> Coordinates:
@@ -82,7 +92,10 @@ def with_depth(at: Coordinates, depth: Term) -> Coordinates:
 
 
 def choose(q: list[Traced], k: list[Traced], v: list[Traced], anchor: Node) -> tuple[Traced, Traced, Traced]:
-    """The deepest queries, and the deepest keys and values that share their head groups; values without a factor."""
+    """The deepest queries, and the deepest keys and values that share their head groups; values without a factor.
+
+    Where no two share any, the larger groups are copied out.
+    """
     v = [x for x in v if x.factor == 1]
     q = [x for x in q if x.group == 1]
     for name, found in (("queries", q), ("keys", k), ("values", v)):
@@ -90,13 +103,13 @@ def choose(q: list[Traced], k: list[Traced], v: list[Traced], anchor: Node) -> t
             raise Stop("operands", f"the {name} cannot be read as a [batch, heads, length, depth] view of a tensor", anchor)
     for key in reversed(k):
         for value in reversed(v):
-            if key.group == value.group and _has_heads(key) == _has_heads(value):
+            if key.group == value.group and key.has_heads == value.has_heads:
                 return q[-1], key, value
-    raise Stop("operands", "keys and values share no grouping of heads", anchor)
-
-
-def _has_heads(traced: Traced) -> bool:
-    return any(H in term.free_symbols for term in traced.index)
+    heads = k[-1].roles.heads
+    if not heads.is_Integer:
+        raise Stop("operands", "keys and values share no grouping of heads", anchor)
+    group = math.gcd(*(x.group if x.has_heads else int(heads) for x in (k[-1], v[-1])))
+    return q[-1], regrouped(k[-1], group), regrouped(v[-1], group)
 
 
 def compute_dtype(scores: Node, values: Node, q: Traced, k: Traced) -> torch.dtype:
@@ -160,20 +173,25 @@ def _check_dead(parts: Parts) -> set[Node]:
     dead = parts.view.dead_without(parts.output)
     for node, what in parts.vanishing:
         if node not in dead:
-            user = next((u for u in _alive_users(node, dead)), None)
+            user = next(iter(_alive_users(node, dead, parts.anchor)), None)
             raise Stop("uses", f"the {what} are also used by {describe(user) if user else 'something else'}", node)
     return dead
 
 
-def _alive_users(node: Node, dead: set[Node]) -> list[Node]:
-    """What, outside `dead`, uses `node`, directly or through views of it."""
+def _alive_users(node: Node, dead: set[Node], anchor: Node) -> list[Node]:
+    """What uses `node` beside the attention: directly, through views of it, or through what the attention needs too."""
+    needed, frontier = set(dead), [anchor]
+    while frontier:
+        inputs = [x for x in frontier.pop().all_input_nodes if x not in needed]
+        needed.update(inputs)
+        frontier += inputs
     found, seen, frontier = [], {node}, [node]
     while frontier:
         for user in frontier.pop().users:
             if user in seen:
                 continue
             seen.add(user)
-            if user in dead or is_passage(user):
+            if user in needed or is_passage(user):
                 frontier.append(user)
             else:
                 found.append(user)
@@ -234,13 +252,8 @@ def symbol_node(view: GraphView, name: str) -> Node | None:
 
 
 def _operands(parts: Parts) -> dict[str, Operand]:
-    extents = parts.coordinates.extents
-    b = extents["b"]
-    return {
-        "q": as_operand(parts.q, (B, H, I, D), (b,), parts.dtype, lambda n: _concrete(parts, n)),
-        "k": as_operand(parts.k, (B, H, J, D), (b,), parts.dtype, lambda n: _concrete(parts, n)),
-        "v": as_operand(parts.v, (B, H, J, D), (b,), parts.dtype, lambda n: _concrete(parts, n)),
-    }
+    traced = {"q": parts.q, "k": parts.k, "v": parts.v}
+    return {name: as_operand(x, parts.dtype, lambda n: _concrete(parts, n)) for name, x in traced.items()}
 
 
 def _concrete(parts: Parts, size: Term) -> Any:
