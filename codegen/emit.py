@@ -237,7 +237,7 @@ _REFERENCE = '''def reference(q, k, v<CAPTURES>):
     if SINK:
         i = i[..., :1]
         b, h, j = b[..., :1], h[..., :1], j[..., :1]
-        sink = (<SINK>).expand(*s.shape[:-1], 1).to(s.dtype)
+        sink = (s.new_zeros((*s.shape[:-1], 1)) + (<SINK>)).to(s.dtype)
         joined = torch.cat([x, sink], -1)
     else:
         joined = x
