@@ -23,6 +23,7 @@ from ..ops.attention import AttentionSpec
 from . import emit, hopper
 from .hooks import Variant
 from .hopper import Rings
+from .launching import width_of
 
 Layout = Literal["bhtd", "bthd"]
 Tile = tuple[int, int, int, int]  # queries, keys, warps, stages
@@ -85,12 +86,7 @@ class Problem:
     @property
     def width(self) -> int:
         """The larger head dimension, as the kernels pad it."""
-        return max(padded(self.d_qk), padded(self.d_v))
-
-
-def padded(dim: int) -> int:
-    """A head dimension as the kernels pad it."""
-    return max(16, 1 << (dim - 1).bit_length())
+        return max(width_of(self.d_qk), width_of(self.d_v))
 
 
 def set_directory(directory: Path | str | None) -> None:
@@ -119,11 +115,9 @@ def forward(
     Raises:
         KernelError: shapes or dtypes that the kernels do not take.
     """
-    from . import decode
-
     _check(q, k, v, captures, sizes, spec)
-    if config is None and decode.takes(q, k, v):
-        return decode.forward(q, k, v, captures, sizes, spec, out_layout=out_layout)
+    if config is None and _decode().takes(q, k, v):
+        return _decode().forward(q, k, v, captures, sizes, spec, out_layout=out_layout)
     module = _kernels(q, k, v, captures, sizes, spec, config)
     return module.forward(q, k, v, *captures, *sizes, out_layout=out_layout)
 
@@ -167,6 +161,14 @@ def source(spec: AttentionSpec, problem: Problem, *, config: Config | None = Non
         split_dkv=config.split_dkv,
         hopper=config.for_hopper,
     )
+
+
+@lru_cache(maxsize=1)
+def _decode() -> ModuleType:
+    """The kernels for few queries, which build on this module."""
+    from . import decode
+
+    return decode
 
 
 def _kernels(
@@ -269,7 +271,7 @@ def _for_hopper(rule: Config, spec: AttentionSpec, problem: Problem) -> Config:
     """The rule with Hopper's own kernels; rows that average all values send gradients only through the general ones."""
     variant = Variant(spec)
     sloped = variant.constant_slope is None
-    chosen = hopper.rings(padded(problem.d_qk), padded(problem.d_v), crowded=variant.crowded, sloped=sloped)
+    chosen = hopper.rings(width_of(problem.d_qk), width_of(problem.d_v), crowded=variant.crowded, sloped=sloped)
     if spec.empty == "mean":
         chosen = {name: rings for name, rings in chosen.items() if name == "forward"}
     return replace(rule, **chosen)  # type: ignore[arg-type]

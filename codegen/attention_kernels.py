@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launching import begin, tile_count, width_of
 from .primitives import LOG2E, load_tile, mean_of_values, store_tile, tile_range, wide
 
 # ------------------------------------------------------------------------------------------------------------------------ Flags
@@ -658,44 +659,42 @@ def survey(
 # ---------------------------------------------------------------------------------------------------------------------- Launch
 
 
-def width_of(dim):
-    """The block width that holds `dim` columns."""
-    return max(16, triton.next_power_of_2(dim))
-
-
-def block_table(q, k, captures, *, config, by_key):
+def block_table(start, q, k, captures, *, config, by_key):
     """[B, H, tiles, 2 + 2 * width] int32: the tiles that each tile meets, full ones and partial ones apart.
 
     B and H are 1, expanded, where the mask does not depend on them.
     """
     batch, heads, t_q, t_k = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
     table_batch, table_heads = (batch if TABLE_BY_BATCH else 1), (heads if TABLE_BY_HEAD else 1)
-    by_query_tiles, by_key_tiles = triton.cdiv(t_q, config["BLOCK_M"]), triton.cdiv(t_k, config["BLOCK_N"])
+    by_query_tiles, by_key_tiles = tile_count(t_q, config["BLOCK_M"]), tile_count(t_k, config["BLOCK_N"])
     lines, width = (by_key_tiles, by_query_tiles) if by_key else (by_query_tiles, by_key_tiles)
     table = torch.empty((table_batch, table_heads, lines, 2 + 2 * width), dtype=torch.int32, device=q.device)
-    table_kernel[(table_batch * table_heads, lines)](
+    start(
+        table_kernel, (table_batch * table_heads, lines, 1),
         table, lines, table_heads, t_q, t_k, captures,
         BY_KEY=by_key, BLOCK_M=config["BLOCK_M"], BLOCK_N=config["BLOCK_N"], CHUNK=TABLE_CHUNK, num_warps=4,
     )  # fmt: skip
     return table.expand(batch, heads, -1, -1)
 
 
-def launch_forward(q, k, v, out, lse, table, config, captures):
+def launch_forward(start, q, k, v, out, lse, table, config, captures):
     """O and log-sum-exp."""
     batch, heads, t_q, d_qk = q.shape
     h_kv, t_k, d_v = v.shape[1], v.shape[2], v.shape[3]
-    forward_kernel[(batch * heads, triton.cdiv(t_q, config["BLOCK_M"]))](
+    start(
+        forward_kernel, (batch * heads, tile_count(t_q, config["BLOCK_M"]), 1),
         q, k, v, out, lse, table, *q.stride(), *k.stride(), *v.stride(), *out.stride(),
         heads, heads // h_kv, t_q, t_k, captures,
         D_QK=d_qk, D_V=d_v, BLOCK_QK=width_of(d_qk), BLOCK_V=width_of(d_v), **config,
     )  # fmt: skip
 
 
-def launch_dq(grad_out, q, k, v, norm, delta, dq, table, config, captures):
+def launch_dq(start, grad_out, q, k, v, norm, delta, dq, table, config, captures):
     """dQ."""
     batch, heads, t_q, d_qk = q.shape
     h_kv, t_k, d_v = v.shape[1], v.shape[2], v.shape[3]
-    dq_kernel[(batch * heads, triton.cdiv(t_q, config["BLOCK_M"]))](
+    start(
+        dq_kernel, (batch * heads, tile_count(t_q, config["BLOCK_M"]), 1),
         q, k, v, grad_out, norm, delta, dq, table,
         *q.stride(), *k.stride(), *v.stride(), *grad_out.stride(), *dq.stride(), norm.stride(1),
         heads, heads // h_kv, t_q, t_k, captures,
@@ -703,12 +702,13 @@ def launch_dq(grad_out, q, k, v, norm, delta, dq, table, config, captures):
     )  # fmt: skip
 
 
-def launch_dkv(grad_out, q, k, v, norm, delta, any_empty, dk, dv, table, config, captures):
+def launch_dkv(start, grad_out, q, k, v, norm, delta, any_empty, dk, dv, table, config, captures):
     """dK and dV."""
     batch, heads, t_q, d_qk = q.shape
     h_kv, t_k, d_v = v.shape[1], v.shape[2], v.shape[3]
     for with_k, with_v in DKV_PASSES:
-        dkv_kernel[(batch * h_kv, triton.cdiv(t_k, config["BLOCK_N"]))](
+        start(
+            dkv_kernel, (batch * h_kv, tile_count(t_k, config["BLOCK_N"]), 1),
             q, k, v, grad_out, norm, delta, dk, dv, any_empty, table,
             *q.stride(), *k.stride(), *v.stride(), *grad_out.stride(), *dk.stride(), *dv.stride(), norm.stride(1),
             h_kv, heads // h_kv, t_q, t_k, captures, WITH_K=with_k, WITH_V=with_v,
@@ -729,9 +729,13 @@ def forward(q, k, v, captures, *, config=None, out_layout="bhtd"):
     config = config or FORWARD
     out = allocate_out(q, v, out_layout)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    if TABLE:
-        table = block_table(q, k, captures, config=config, by_key=False)
-    launch_forward(q, k, v, out, lse, table, config, captures)
+
+    def run(start):
+        if TABLE:
+            table = block_table(start, q, k, captures, config=config, by_key=False)
+        launch_forward(start, q, k, v, out, lse, table, config, captures)
+
+    begin(run, q, k, v)
     return out, lse
 
 
@@ -747,14 +751,19 @@ def backward(grad_out, q, k, v, out, lse, captures, *, dq_config=None, dkv_confi
         d_sink = torch.empty_like(lse)
     if MEAN:
         any_empty = torch.zeros(1, dtype=torch.int32, device=q.device)
-    delta_kernel[(batch * heads, triton.cdiv(norm.shape[-1], 64))](
-        out, grad_out, lse, norm, delta, d_sink, any_empty, *out.stride(), *grad_out.stride(), norm.stride(1),
-        heads, t_q, captures, D_V=d_v, BLOCK_V=width_of(d_v), BLOCK_M=64, num_warps=4,
-    )  # fmt: skip
-    if TABLE:
-        table = block_table(q, k, captures, config=dkv_config, by_key=True)
-    launch_dkv(grad_out, q, k, v, norm, delta, any_empty, dk, dv, table, dkv_config, captures)
-    if TABLE:
-        table = block_table(q, k, captures, config=dq_config, by_key=False)
-    launch_dq(grad_out, q, k, v, norm, delta, dq, table, dq_config, captures)
+
+    def run(start):
+        start(
+            delta_kernel, (batch * heads, tile_count(norm.shape[-1], 64), 1),
+            out, grad_out, lse, norm, delta, d_sink, any_empty, *out.stride(), *grad_out.stride(), norm.stride(1),
+            heads, t_q, captures, D_V=d_v, BLOCK_V=width_of(d_v), BLOCK_M=64, num_warps=4,
+        )  # fmt: skip
+        if TABLE:
+            table = block_table(start, q, k, captures, config=dkv_config, by_key=True)
+        launch_dkv(start, grad_out, q, k, v, norm, delta, any_empty, dk, dv, table, dkv_config, captures)
+        if TABLE:
+            table = block_table(start, q, k, captures, config=dq_config, by_key=False)
+        launch_dq(start, grad_out, q, k, v, norm, delta, dq, table, dq_config, captures)
+
+    begin(run, grad_out, q, k, v, out)
     return dq, dk, dv, d_sink

@@ -24,8 +24,8 @@ from effcompile.terms import Load, from_text, is_condition
 from effcompile.viewmaps import hints_of
 
 from . import decode, sdpa
-from .attention import padded
 from .hooks import Variant
+from .launching import width_of
 
 Lower = Callable[..., Node]
 
@@ -146,8 +146,8 @@ def _generated(work: Work, shape: _Shape, hardware: Hardware) -> Candidate:
 
 def _hopper_efficiency(shape: _Shape) -> float:
     """Of forward kernels beside cuDNN's 0.75 (benchmarks/attention.py); depths are padded to powers of two."""
-    reached = {64: 0.67, 128: 0.76, 256: 0.7}[max(64, padded(shape.d), padded(shape.dv))]
-    return reached * (shape.d + shape.dv) / (padded(shape.d) + padded(shape.dv))
+    reached = {64: 0.67, 128: 0.76, 256: 0.7}[max(64, width_of(shape.d), width_of(shape.dv))]
+    return reached * (shape.d + shape.dv) / (width_of(shape.d) + width_of(shape.dv))
 
 
 def _deepest(match: Match) -> int:

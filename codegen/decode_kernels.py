@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launching import launched, tile_count, width_of
 from .primitives import LOG2E, load_tile, mean_of_values, tile_range, wide
 
 # ------------------------------------------------------------------------------------------------------------------------ Flags
@@ -309,10 +310,10 @@ LEAST_KEYS = 256  # a part of fewer keys costs more than it saves
 
 def widths(d_qk, d_v):
     """Columns of the blocks of K, of what is left of K beyond a power of two, and of V: 576 is 512 and 64, 80 is 64 and 16."""
-    whole, main = max(16, triton.next_power_of_2(d_qk)), 1 << (d_qk.bit_length() - 1)
-    tail = max(16, triton.next_power_of_2(d_qk - main))
+    whole, main = width_of(d_qk), 1 << (d_qk.bit_length() - 1)
+    tail = width_of(d_qk - main)
     split = main >= 16 and main + tail < whole
-    return (main if split else whole), (tail if split else 0), max(16, triton.next_power_of_2(d_v))
+    return (main if split else whole), (tail if split else 0), width_of(d_v)
 
 
 def tile_for(height):
@@ -353,7 +354,7 @@ def forward(q, k, v, captures, *, splits=None, out_layout="bhtd"):
     h_kv, t_k, d_v = v.shape[1], v.shape[2], v.shape[3]
     group = heads // h_kv
     tile = tile_for(group * t_q)
-    row_tiles = triton.cdiv(group * t_q, tile["BLOCK_M"])
+    row_tiles = tile_count(group * t_q, tile["BLOCK_M"])
     programs = batch * h_kv * row_tiles
     if splits is None:
         splits = split_count(programs, t_k if SPAN is None else min(t_k, t_q + SPAN), RESIDENT * processors(q.device))
@@ -364,13 +365,15 @@ def forward(q, k, v, captures, *, splits=None, out_layout="bhtd"):
         sums = torch.empty((batch, heads, t_q, splits, d_v), dtype=torch.float32, device=q.device)
         totals, peaks = torch.empty((2, batch, heads, t_q, splits), dtype=torch.float32, device=q.device)
     block_qk, block_tail, block_v = widths(d_qk, d_v)
-    decode_kernel[(programs, splits)](
+    launched(
+        decode_kernel, (programs, splits, 1),
         q, k, v, out, lse, sums, totals, peaks, *q.stride(), *k.stride(), *v.stride(), *out.stride(),
         h_kv, group, row_tiles, splits, t_q, t_k, captures, WHOLE=splits == 1, LATENT=is_latent(k, v, block_qk),
         D_QK=d_qk, D_V=d_v, BLOCK_QK=block_qk, BLOCK_TAIL=block_tail, BLOCK_V=block_v, **tile,
     )  # fmt: skip
     if splits > 1:
-        combine_kernel[(batch * heads * t_q,)](
+        launched(
+            combine_kernel, (batch * heads * t_q, 1, 1),
             sums, totals, peaks, v, out, lse, *v.stride(), *out.stride(), heads, group, splits, t_q, t_k,
             D_V=d_v, BLOCK_V=block_v, CHUNK=max(8, min(32, 4096 // block_v)), num_warps=4,
         )  # fmt: skip

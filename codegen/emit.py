@@ -121,9 +121,11 @@ def _woven(variant: Variant, template: str, title: str, settings: Iterable[str])
 
 
 def _file(header: str, parts: Sequence[str], imports: str = "") -> str:
-    body = weave.tidy(weave.reachable("\n\n".join(parts), _ROOTS))
-    first = "import functools\n\n" if imports else ""
-    return f"{header}\n\n{first}import torch\nimport triton\nimport triton.language as tl\n{imports}\n{body}\n\n{_ENTRY}"
+    launches = _without_preamble(_template("launching.py"), "Launches")
+    body = weave.tidy(weave.reachable("\n\n".join([*parts[:2], launches, *parts[2:]]), _ROOTS))
+    pool = "from concurrent.futures import ThreadPoolExecutor\n" if "ThreadPoolExecutor" in body else ""
+    first = "import functools\n" if imports else ""
+    return f"{header}\n\n{first}{pool}\nimport torch\nimport triton\nimport triton.language as tl\n{imports}\n{body}\n\n{_ENTRY}"
 
 
 def _tanh(dtype: str, fast: bool) -> str:
@@ -159,7 +161,8 @@ def _arguments(variant: Variant, name: str, call: ast.Call | None, function: ast
     """What stands for a group in an argument list: of a device function, of a kernel launch, or of a function on the host."""
     if weave.is_kernel(function):
         return variant.groups[name]
-    launched = isinstance(getattr(call, "func", None), ast.Subscript)
+    function_called = getattr(call, "func", None)
+    launched = isinstance(function_called, ast.Name) and function_called.id in ("start", "launched")
     if name == "captures":
         return variant.launch_captures if launched else variant.host_captures
     if name == "table":

@@ -53,8 +53,8 @@ from .attention_kernels import (
     table_line,
     visible,
     weight,
-    width_of,
 )  # fmt: skip
+from .launching import tile_count, width_of
 from .primitives import LOG2E, mean_of_values, tile_range, wide
 
 CROWDED = gl.constexpr(False)  # masks need many registers: tiles with a mask are computed without overlap
@@ -851,42 +851,53 @@ def copy_layout(swizzle, bits, rank):
     return gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=bits, rank=rank)
 
 
+def described(tensor, block, layout):
+    """The copies of a tensor block by block, past checks that the caller has made before choosing these kernels."""
+    made = object.__new__(TensorDescriptor)
+    made.__dict__.update(
+        base=tensor, shape=tensor.shape, strides=tensor.stride(), block_shape=block, layout=layout, padding="zero"
+    )  # fmt: skip
+    return made
+
+
 def tiles_of(tensor, height, width):
     """The copies of `tensor` [B, H, T, D] in tiles of [height, width]; zeros beyond T and D."""
     size = tensor.element_size()
-    layout = copy_layout(min(128, width * size), 8 * size, 4)
-    return TensorDescriptor(tensor, tensor.shape, tensor.stride(), [1, 1, height, width], layout)
+    return described(tensor, [1, 1, height, width], copy_layout(min(128, width * size), 8 * size, 4))
 
 
 def lines_of(tensor, length):
     """The copies of row statistics [B, H, T] in pieces of `length`."""
-    return TensorDescriptor(tensor, tensor.shape, tensor.stride(), [1, 1, length], copy_layout(0, 32, 3))
+    return described(tensor, [1, 1, length], copy_layout(0, 32, 3))
 
 
-def launch_forward(q, k, v, out, lse, table, config, captures):
+def launch_forward(start, q, k, v, out, lse, table, config, captures):
     """O and log-sum-exp."""
     batch, heads, t_q, d_qk = q.shape
     h_kv, t_k, d_v = v.shape[1], v.shape[2], v.shape[3]
     block_m, block_n, block_qk, block_v = config["BLOCK_M"], config["BLOCK_N"], width_of(d_qk), width_of(d_v)
-    m_tiles = triton.cdiv(t_q, block_m)
-    forward_hopper_kernel[(min(processors(q.device), batch * heads * m_tiles),)](
+    m_tiles = tile_count(t_q, block_m)
+    start(
+        forward_hopper_kernel, (min(processors(q.device), batch * heads * m_tiles), 1, 1),
         tiles_of(q, block_m // 2, block_qk), tiles_of(k, block_n, block_qk), tiles_of(v, block_n, block_v), out, lse, table,
         *out.stride(), batch * heads, heads, heads // h_kv, m_tiles, t_q, t_k, captures,
         D_V=d_v, BLOCK_QK=block_qk, BLOCK_V=block_v, **config, num_warps=4,
     )  # fmt: skip
     if MEAN:
-        mean_kernel[(batch * heads, triton.cdiv(t_q, 64))](
+        start(
+            mean_kernel, (batch * heads, tile_count(t_q, 64), 1),
             v, out, lse, *v.stride(), *out.stride(), heads, heads // h_kv, t_q, t_k,
             D_V=d_v, BLOCK_V=block_v, BLOCK_M=64, BLOCK_N=64, num_warps=4,
         )  # fmt: skip
 
 
-def launch_dq(grad_out, q, k, v, norm, delta, dq, table, config, captures):
+def launch_dq(start, grad_out, q, k, v, norm, delta, dq, table, config, captures):
     """dQ."""
     batch, heads, t_q, d_qk = q.shape
     h_kv, t_k, d_v = v.shape[1], v.shape[2], v.shape[3]
     block_m, block_n, block_qk, block_v = config["BLOCK_M"], config["BLOCK_N"], width_of(d_qk), width_of(d_v)
-    dq_hopper_kernel[(batch * heads, triton.cdiv(t_q, block_m))](
+    start(
+        dq_hopper_kernel, (batch * heads, tile_count(t_q, block_m), 1),
         tiles_of(q, block_m // 2, block_qk), tiles_of(k, block_n, block_qk), tiles_of(v, block_n, block_v),
         tiles_of(grad_out, block_m // 2, block_v), norm, delta, dq, table,
         *dq.stride(), norm.stride(1), heads, heads // h_kv, t_q, t_k, captures,
@@ -894,13 +905,14 @@ def launch_dq(grad_out, q, k, v, norm, delta, dq, table, config, captures):
     )  # fmt: skip
 
 
-def launch_dkv(grad_out, q, k, v, norm, delta, any_empty, dk, dv, table, config, captures):
+def launch_dkv(start, grad_out, q, k, v, norm, delta, any_empty, dk, dv, table, config, captures):
     """dK and dV."""
     batch, heads, t_q, d_qk = q.shape
     h_kv, t_k, d_v = v.shape[1], v.shape[2], v.shape[3]
     block_m, block_n, block_qk, block_v = config["BLOCK_M"], config["BLOCK_N"], width_of(d_qk), width_of(d_v)
     for with_k, with_v in DKV_PASSES:
-        dkv_hopper_kernel[(batch * h_kv, triton.cdiv(t_k, block_n))](
+        start(
+            dkv_hopper_kernel, (batch * h_kv, tile_count(t_k, block_n), 1),
             tiles_of(q, block_m, block_qk), tiles_of(k, block_n // 2, block_qk), tiles_of(v, block_n // 2, block_v),
             tiles_of(grad_out, block_m, block_v), lines_of(norm, block_m), lines_of(delta, block_m), dk, dv, table,
             *dk.stride(), *dv.stride(), h_kv, heads // h_kv, t_q, t_k, captures, WITH_K=with_k, WITH_V=with_v,
