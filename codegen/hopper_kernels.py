@@ -64,19 +64,22 @@ CROWDED = gl.constexpr(False)  # masks need many registers: tiles with a mask ar
 
 @gluon.jit
 def barriers(SLOTS_A: gl.constexpr, SLOTS_B: gl.constexpr):
-    """The barriers of a program, in one allocation since each that the consumers are handed costs them registers: `ready` and
-    `free` of what stays for a piece of work; `ready`, then `free` of every slot of ring A; likewise of ring B."""
-    made = gl.allocate_shared_memory(gl.int64, [2 + 2 * SLOTS_A + 2 * SLOTS_B, 1], mbarrier.MBarrierLayout())
+    """The barriers of a program, in one allocation: `ready` and `free` of what stays for a piece of work; from RING_A on `ready`,
+    then `free` of every slot of ring A; likewise of ring B."""
+    made = gl.allocate_shared_memory(gl.int64, [RING_A + 2 * SLOTS_A + 2 * SLOTS_B, 1], mbarrier.MBarrierLayout())
     mbarrier.init(made.index(0), count=1)
     mbarrier.init(made.index(1), count=2)
     for slot in gl.static_range(SLOTS_A):
-        mbarrier.init(made.index(2 + slot), count=1)
-        mbarrier.init(made.index(2 + SLOTS_A + slot), count=2)
+        mbarrier.init(made.index(RING_A + slot), count=1)
+        mbarrier.init(made.index(RING_A + SLOTS_A + slot), count=2)
     for slot in gl.static_range(SLOTS_B):
-        mbarrier.init(made.index(2 + 2 * SLOTS_A + slot), count=1)
-        mbarrier.init(made.index(2 + 2 * SLOTS_A + SLOTS_B + slot), count=2)
+        mbarrier.init(made.index(RING_A + 2 * SLOTS_A + slot), count=1)
+        mbarrier.init(made.index(RING_A + 2 * SLOTS_A + SLOTS_B + slot), count=2)
     fence_async_shared()
     return made
+
+
+RING_A = gl.constexpr(2)  # its first barrier
 
 
 @gluon.jit
@@ -111,7 +114,7 @@ def feed(source, ring, bars, b, h, t, at, FIRST: gl.constexpr, SLOTS: gl.constex
 
 
 @gluon.jit
-def rows_of(
+def write_rows(
     base, first, left, values, stride_t, stride_d, ROWS: gl.constexpr, WIDTH: gl.constexpr, D: gl.constexpr, LAYOUT: gl.constexpr
 ):
     """Write values [ROWS, WIDTH] from row `first` on of the matrix at `base`, up to row `left` and column D."""
@@ -196,8 +199,8 @@ def forward_producer(
         start, full_start, full_stop, stop, tiles = key_positions(b, h, m, TQ, TK, fixed, captures, table, BLOCK_M, BLOCK_N)
         for position in range(start, stop):
             j0 = tile_at(position, full_stop, tiles, gl.cdiv(TK, BLOCK_N)) * BLOCK_N
-            feed(k_source, k_ring, bars, b, h // GROUP, j0, at, 2, SLOTS_A)
-            feed(v_source, v_ring, bars, b, h // GROUP, j0, at, 2 + 2 * SLOTS_A, SLOTS_B)
+            feed(k_source, k_ring, bars, b, h // GROUP, j0, at, RING_A, SLOTS_A)
+            feed(v_source, v_ring, bars, b, h // GROUP, j0, at, RING_A + 2 * SLOTS_A, SLOTS_B)
             at += 1
         turn += 1  # noqa: SIM113
 
@@ -248,23 +251,23 @@ def attend_pipelined(
     zero = gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)
     for position in range(first, last):
         n = tile_at(position, full_stop, tiles, gl.cdiv(TK, BLOCK_N))
-        slot = await_ready(bars, at, 2, SLOTS_A)
+        slot = await_ready(bars, at, RING_A, SLOTS_A)
         pending_s = warpgroup_mma(
             q, k_ring.index(slot).reshape([BLOCK_N, BLOCK_QK]).permute([1, 0]), zero, use_acc=False, is_async=True
         )  # fmt: skip
-        before = await_ready(bars, at - 1, 2 + 2 * SLOTS_A, SLOTS_B)
+        before = await_ready(bars, at - 1, RING_A + 2 * SLOTS_A, SLOTS_B)
         pending_acc = warpgroup_mma(p, v_ring.index(before).reshape([BLOCK_N, BLOCK_V]), acc, is_async=True)
         if MASKED and CROWDED:
             s, acc = warpgroup_mma_wait(0, [pending_s, pending_acc])
         else:
             s = warpgroup_mma_wait(1, [pending_s])
-        leave(bars, slot, 2, SLOTS_A)
+        leave(bars, slot, RING_A, SLOTS_A)
         next_p, total, peak, decay = soften(
             s, total, peak, n, b, h, i, TQ, TK, fixed, rows, captures, MASKED, BLOCK_N, DTYPE, S_LAYOUT, P_LAYOUT,
         )  # fmt: skip
         if not (MASKED and CROWDED):
             acc = warpgroup_mma_wait(0, [pending_acc])
-        leave(bars, before, 2 + 2 * SLOTS_A, SLOTS_B)
+        leave(bars, before, RING_A + 2 * SLOTS_A, SLOTS_B)
         if ONLINE:
             acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, ACC_LAYOUT))[:, None]
         p = next_p
@@ -307,9 +310,9 @@ def forward_consumer(
         start, full_start, full_stop, stop, tiles = key_positions(b, h, m, TQ, TK, fixed, captures, table, BLOCK_M, BLOCK_N)
         mbarrier.wait(bars.index(0), turn & 1)
         if start < stop:
-            slot = await_ready(bars, at, 2, SLOTS_A)
+            slot = await_ready(bars, at, RING_A, SLOTS_A)
             s = warpgroup_mma(q, k_ring.index(slot).reshape([BLOCK_N, BLOCK_QK]).permute([1, 0]), zero, use_acc=False)
-            leave(bars, slot, 2, SLOTS_A)
+            leave(bars, slot, RING_A, SLOTS_A)
             n = tile_at(start, full_stop, tiles, gl.cdiv(TK, BLOCK_N))
             p, total, peak, decay = soften(
                 s, total, peak, n, b, h, i, TQ, TK, fixed, rows, captures, True, BLOCK_N, DTYPE, S_LAYOUT, P_LAYOUT,
@@ -333,9 +336,9 @@ def forward_consumer(
                 True, BLOCK_N, BLOCK_QK, BLOCK_V, SLOTS_A, SLOTS_B, DTYPE, S_LAYOUT, P_LAYOUT, ACC_LAYOUT,
             )  # fmt: skip
             mbarrier.arrive(bars.index(1), count=1)
-            slot = await_ready(bars, at - 1, 2 + 2 * SLOTS_A, SLOTS_B)
+            slot = await_ready(bars, at - 1, RING_A + 2 * SLOTS_A, SLOTS_B)
             acc = warpgroup_mma(p, v_ring.index(slot).reshape([BLOCK_N, BLOCK_V]), acc)
-            leave(bars, slot, 2 + 2 * SLOTS_A, SLOTS_B)
+            leave(bars, slot, RING_A + 2 * SLOTS_A, SLOTS_B)
         else:
             mbarrier.arrive(bars.index(1), count=1)
         lse = gl.log(total)
@@ -347,7 +350,7 @@ def forward_consumer(
         if ZERO:
             total = gl.where(total == 0, 1.0, total)
         acc = acc / gl.convert_layout(total, gl.SliceLayout(1, ACC_LAYOUT))[:, None]
-        rows_of(head_base(Out, b, h, stride_ob, stride_oh), i0, TQ, acc, stride_ot, stride_od, 64, BLOCK_V, D_V, ACC_LAYOUT)
+        write_rows(head_base(Out, b, h, stride_ob, stride_oh), i0, TQ, acc, stride_ot, stride_od, 64, BLOCK_V, D_V, ACC_LAYOUT)
         t = i0 + gl.arange(0, 64, ROW)
         gl.store(Lse + (b * H + h).to(gl.int64) * TQ + t, lse, mask=t < TQ)
         turn += 1  # noqa: SIM113
@@ -402,8 +405,8 @@ def dq_producer(
     for position in range(start, stop):
         at = position - start
         j0 = tile_at(position, full_stop, tiles, gl.cdiv(TK, BLOCK_N)) * BLOCK_N
-        feed(k_source, k_ring, bars, b, h_kv, j0, at, 2, SLOTS_A)
-        feed(v_source, v_ring, bars, b, h_kv, j0, at, 2 + 2 * SLOTS_A, SLOTS_B)
+        feed(k_source, k_ring, bars, b, h_kv, j0, at, RING_A, SLOTS_A)
+        feed(v_source, v_ring, bars, b, h_kv, j0, at, RING_A + 2 * SLOTS_A, SLOTS_B)
 
 
 @gluon.jit
@@ -417,7 +420,7 @@ def gather_dq_pipelined(
     zero = gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)
     for position in range(first, last):
         at = position - start
-        v_slot = await_ready(bars, at, 2 + 2 * SLOTS_A, SLOTS_B)
+        v_slot = await_ready(bars, at, RING_A + 2 * SLOTS_A, SLOTS_B)
         v = v_ring.index(v_slot).reshape([BLOCK_N, BLOCK_V]).permute([1, 0])
         LATE: gl.constexpr = MASKED and CROWDED
         if not LATE:
@@ -437,16 +440,16 @@ def gather_dq_pipelined(
         if LATE:
             pending_dp = warpgroup_mma(g, v, zero - delta, is_async=True)
         dp = warpgroup_mma_wait(0, [pending_dp])
-        leave(bars, v_slot, 2 + 2 * SLOTS_A, SLOTS_B)
+        leave(bars, v_slot, RING_A + 2 * SLOTS_A, SLOTS_B)
         ds = gl.convert_layout((p * dp).to(DTYPE), DS_LAYOUT)
         k_slot = at % SLOTS_A
         pending_dq = warpgroup_mma(ds, k_ring.index(k_slot).reshape([BLOCK_N, BLOCK_QK]), dq, is_async=True)
-        next_slot = await_ready(bars, gl.minimum(at + 1, stop - start - 1), 2, SLOTS_A)
+        next_slot = await_ready(bars, gl.minimum(at + 1, stop - start - 1), RING_A, SLOTS_A)
         pending_s = warpgroup_mma(
             q, k_ring.index(next_slot).reshape([BLOCK_N, BLOCK_QK]).permute([1, 0]), zero, use_acc=False, is_async=True
         )  # fmt: skip
         s, dq = warpgroup_mma_wait(0, [pending_s, pending_dq])
-        leave(bars, k_slot, 2, SLOTS_A)
+        leave(bars, k_slot, RING_A, SLOTS_A)
     return dq, s
 
 
@@ -474,7 +477,7 @@ def dq_consumer(
     start, full_start, full_stop, stop, tiles = key_positions(b, h, m, TQ, TK, fixed, captures, table, BLOCK_M, BLOCK_N)
     if start < stop:
         mbarrier.wait(bars.index(0), 0)
-        slot = await_ready(bars, 0, 2, SLOTS_A)
+        slot = await_ready(bars, 0, RING_A, SLOTS_A)
         zero = gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)
         s = warpgroup_mma(q, k_ring.index(slot).reshape([BLOCK_N, BLOCK_QK]).permute([1, 0]), zero, use_acc=False)
         if HEAD:
@@ -494,7 +497,7 @@ def dq_consumer(
             True, BLOCK_N, BLOCK_QK, BLOCK_V, SLOTS_A, SLOTS_B, DTYPE, S_LAYOUT, DS_LAYOUT,
         )  # fmt: skip
     base = head_base(GradQ, b, h, stride_db, stride_dh)
-    rows_of(base, i0, TQ, dq * SLOPE_LEFT, stride_dt, stride_dd, 64, BLOCK_QK, D_QK, ACC_LAYOUT)
+    write_rows(base, i0, TQ, dq * SLOPE_LEFT, stride_dt, stride_dd, 64, BLOCK_QK, D_QK, ACC_LAYOUT)
 
 
 @gluon.jit(do_not_specialize=RUNTIME)
@@ -560,15 +563,15 @@ def feed_queries(
         for step in range(0, members * count):
             h = h_first + step // count
             i0 = tile_at(first + step % count, full_stop, tiles, gl.cdiv(TQ, BLOCK_M)) * BLOCK_M
-            slot = await_free(bars, at, 2, SLOTS_A)
-            ready = bars.index(2 + slot)
+            slot = await_free(bars, at, RING_A, SLOTS_A)
+            ready = bars.index(RING_A + slot)
             mbarrier.expect(
                 ready, q_source.block_type.nbytes + norm_source.block_type.nbytes + delta_source.block_type.nbytes
             )  # fmt: skip
             tma.async_copy_global_to_shared(q_source, [b, h, i0, 0], ready, q_ring.index(slot))
             tma.async_copy_global_to_shared(norm_source, [b, h, i0], ready, norm_ring.index(slot))
             tma.async_copy_global_to_shared(delta_source, [b, h, i0], ready, delta_ring.index(slot))
-            feed(g_source, g_ring, bars, b, h, i0, at, 2 + 2 * SLOTS_A, SLOTS_B)
+            feed(g_source, g_ring, bars, b, h, i0, at, RING_A + 2 * SLOTS_A, SLOTS_B)
             at += 1
     return at
 
@@ -627,7 +630,7 @@ def gather_dkv_pipelined(
             cols = load_cols(b, h, gl.minimum(j, TK - 1), fixed, captures)
         q_slot = at % SLOTS_A
         q = q_ring.index(q_slot).reshape([BLOCK_M, BLOCK_QK])
-        g_slot = await_ready(bars, at, 2 + 2 * SLOTS_A, SLOTS_B)
+        g_slot = await_ready(bars, at, RING_A + 2 * SLOTS_A, SLOTS_B)
         g = g_ring.index(g_slot).reshape([BLOCK_M, BLOCK_V])
         LATE: gl.constexpr = MASKED and CROWDED
         if WITH_K and not LATE:
@@ -653,10 +656,10 @@ def gather_dkv_pipelined(
                 pending_dp = warpgroup_mma(v, g.permute([1, 0]), zero - delta, is_async=True)
             dp = warpgroup_mma_wait(1 if WITH_V and not LATE else 0, [pending_dp])
             if not WITH_V:
-                leave(bars, g_slot, 2 + 2 * SLOTS_A, SLOTS_B)
+                leave(bars, g_slot, RING_A + 2 * SLOTS_A, SLOTS_B)
             ds = gl.convert_layout((p * dp).to(DTYPE), K_LAYOUT)
             pending_dk = warpgroup_mma(ds, q, dk, is_async=True)
-        next_slot = await_ready(bars, gl.minimum(at + 1, end - 1), 2, SLOTS_A)
+        next_slot = await_ready(bars, gl.minimum(at + 1, end - 1), RING_A, SLOTS_A)
         pending_s = warpgroup_mma(
             k, q_ring.index(next_slot).reshape([BLOCK_M, BLOCK_QK]).permute([1, 0]), zero, use_acc=False, is_async=True
         )  # fmt: skip
@@ -667,9 +670,9 @@ def gather_dkv_pipelined(
                 s, dk = warpgroup_mma_wait(0, [pending_s, pending_dk])
         else:
             s, dv = warpgroup_mma_wait(0, [pending_s, pending_dv])
-        leave(bars, q_slot, 2, SLOTS_A)
+        leave(bars, q_slot, RING_A, SLOTS_A)
         if WITH_V:
-            leave(bars, g_slot, 2 + 2 * SLOTS_A, SLOTS_B)
+            leave(bars, g_slot, RING_A + 2 * SLOTS_A, SLOTS_B)
         at += 1
     return dk, dv, s, at
 
@@ -688,7 +691,7 @@ def gather_heads_pipelined(
     start, full_start, full_stop, stop, tiles = query_positions(b, h, n, TQ, TK, fixed, captures, table, BLOCK_M, BLOCK_N)
     if start < stop:
         end = at + members * (stop - start)
-        slot = await_ready(bars, at, 2, SLOTS_A)
+        slot = await_ready(bars, at, RING_A, SLOTS_A)
         zero = gl.zeros([64, BLOCK_M], gl.float32, S_LAYOUT)
         s = warpgroup_mma(k, q_ring.index(slot).reshape([BLOCK_M, BLOCK_QK]).permute([1, 0]), zero, use_acc=False)
         if KEY_HEAD:
@@ -756,10 +759,10 @@ def dkv_consumer(
         )  # fmt: skip
     if WITH_K:
         base = head_base(GradK, b, h_kv, stride_db, stride_dh)
-        rows_of(base, j0, TK, dk * SLOPE_LEFT, stride_dt, stride_dd, 64, BLOCK_QK, D_QK, DK_LAYOUT)
+        write_rows(base, j0, TK, dk * SLOPE_LEFT, stride_dt, stride_dd, 64, BLOCK_QK, D_QK, DK_LAYOUT)
     if WITH_V:
         base = head_base(GradV, b, h_kv, stride_eb, stride_eh)
-        rows_of(base, j0, TK, dv, stride_et, stride_ed, 64, BLOCK_V, D_V, DV_LAYOUT)
+        write_rows(base, j0, TK, dv, stride_et, stride_ed, 64, BLOCK_V, D_V, DV_LAYOUT)
 
 
 @gluon.jit(do_not_specialize=RUNTIME)
