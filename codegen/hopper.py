@@ -28,7 +28,8 @@ class Rings:
 
 
 def copies(tensors: Sequence[Tensor]) -> bool:
-    """Whether the tensor memory accelerator can copy tiles of all of them: dense rows, addresses and strides of whole 16 bytes."""
+    """Whether the tensor memory accelerator can copy tiles of all of them: dense rows, nothing expanded, addresses and strides of
+    whole 16 bytes."""
     return all(_copies(tensor) for tensor in tensors)
 
 
@@ -36,7 +37,8 @@ def _copies(tensor: Tensor) -> bool:
     size = tensor.element_size()
     if tensor.stride(-1) != 1 or tensor.numel() == 0:
         return False
-    return all(stride * size % COPY_BYTES == 0 for stride in tensor.stride()[:-1]) and _address(tensor) % COPY_BYTES == 0
+    strides = tensor.stride()[:-1]
+    return all(stride > 0 and stride * size % COPY_BYTES == 0 for stride in strides) and _address(tensor) % COPY_BYTES == 0
 
 
 def _address(tensor: Tensor) -> int:

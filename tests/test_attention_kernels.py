@@ -25,7 +25,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from effcompile.codegen import attention, emit
+from effcompile.codegen import attention, emit, hopper
 from effcompile.errors import KernelError
 from effcompile.ops.attention import AttentionSpec
 
@@ -339,6 +339,22 @@ def test_operands_that_do_not_fit_are_refused(name: str) -> None:
     q, k, v, captures, why = BAD[name]
     with pytest.raises(KernelError, match=why):
         attention.forward(q, k, v, captures, (), spec())
+
+
+WHOLE = torch.empty(2, 3, 8, 64, dtype=torch.bfloat16)
+UNCOPIED = {
+    "sparse-rows": WHOLE[..., ::2],
+    "narrow-rows": WHOLE[..., :20].contiguous(),
+    "odd-address": WHOLE[..., 1:33],
+    "expanded": WHOLE[:1].expand(2, 3, 8, 64),
+    "empty": WHOLE[:, :, :0],
+}
+
+
+@pytest.mark.parametrize("name", UNCOPIED)
+def test_operands_that_tile_copies_do_not_take(name: str) -> None:
+    assert hopper.copies([WHOLE, WHOLE.transpose(1, 2), WHOLE[..., 8:40]])
+    assert not hopper.copies([WHOLE, UNCOPIED[name]])
 
 
 def test_candidates_start_with_the_default_and_differ() -> None:
