@@ -8,6 +8,7 @@ from torch import Tensor
 
 from effcompile.codegen import attention, emit, hopper
 from effcompile.codegen.decode import MAX_QUERIES
+from effcompile.runtime import register
 from tests.test_attention_kernels import CASES, Case, difference
 
 pytestmark = [
@@ -78,7 +79,10 @@ def test_the_device_of_the_operands_counts() -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     case = CASES["causal"]
-    second = [x.to("cuda:1") for x in operands(case, 200, torch.bfloat16)]
+    register()
+    first = operands(case, 200, torch.bfloat16)[:3]
+    second = [x.to("cuda:1") for x in first]
     assert torch.cuda.current_device() == 0
-    out, _ = attention.forward(*second[:3], [], (), case.spec)
-    assert out.device == second[0].device
+    here, there = (torch.ops.effcompile.attention(*x, [], [], case.spec.to_json(), "bhtd")[0] for x in (first, second))
+    assert there.device == second[0].device
+    assert torch.equal(here.cpu(), there.cpu())
