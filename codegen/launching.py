@@ -33,8 +33,7 @@ PREPARED = set[tuple]()  # shapes whose kernels are compiled
 
 
 def launched(kernel, grid, *args, **options):
-    """Launch a kernel on a grid of three dimensions. What was launched before is not looked up by Triton again, which takes longer
-    than a small kernel runs."""
+    """Launch a kernel on a grid of three dimensions. What was launched before is not looked up by Triton again."""
     key = (id(kernel), tuple(map(kind_of, args)), tuple(options.values()))
     if key in KNOWN:
         compiled, constants = KNOWN[key]
