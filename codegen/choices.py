@@ -145,7 +145,7 @@ def _generated(work: Work, shape: _Shape, hardware: Hardware) -> Candidate:
 
 
 def _hopper_efficiency(shape: _Shape) -> float:
-    """Beside cuDNN's 0.75: for 128 as benchmarks/attention.py has it, for others set by hand; depths are padded to powers of two."""
+    """Beside cuDNN's 0.75: for 128 as benchmarks/attention.py has it, for others set by hand. Depths are padded to powers of 2."""
     reached = {64: 0.67, 128: 0.76, 256: 0.7}[max(64, width_of(shape.d), width_of(shape.dv))]
     return reached * (shape.d + shape.dv) / (width_of(shape.d) + width_of(shape.dv))
 
