@@ -1,4 +1,7 @@
-"""`python -m benchmarks`: every benchmark that this machine can run, one after the other, then the README's tables."""
+"""`python -m benchmarks`: every benchmark that this machine can run, one after the other, then the README's tables.
+
+`python -m benchmarks recurrence attention`: these alone.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,17 @@ from pathlib import Path
 import torch
 
 FOLDER = Path(__file__).resolve().parent
-ON_GPU = (("attention.py",), ("models.py",))
+ON_GPU = (("attention.py",), ("recurrence.py",), ("models.py",))
 ON_CPU = (("coverage.py",), ("compile_time.py",), ("compile_time.py", "--second-process"), ("cpu_attention.py",))
 
 
 def main() -> int:
     """Run the scripts; the exit status is 1 if one of them failed."""
-    failed = []
-    for script, *options in (*(ON_GPU if torch.cuda.is_available() else ()), *ON_CPU):
+    failed, named = [], {f"{name.removesuffix('.py')}.py" for name in sys.argv[1:]}
+    runs = (*(ON_GPU if torch.cuda.is_available() or named else ()), *ON_CPU)
+    if unknown := named - {script for script, *_ in runs}:
+        raise SystemExit(f"Expected names of {sorted({script for script, *_ in runs})} but got {sorted(unknown)}")
+    for script, *options in (run for run in runs if not named or run[0] in named):
         print("#", script, *options, flush=True)
         if subprocess.run([sys.executable, str(FOLDER / script), *options]).returncode:
             failed.append(script)

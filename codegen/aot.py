@@ -28,7 +28,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..errors import KernelError
 from ..ops.attention import AttentionSpec
-from . import decode, emit
+from ..ops.recurrence import RecurrenceSpec
+from . import decode, emit, recurrence, scan
 from .attention import Config, Problem, source
 from .hooks import Variant
 
@@ -77,6 +78,9 @@ class _Recorder:
 
     def __init__(self, kernel: Any, log: list[_Launch]):
         self.kernel, self.log = kernel, log
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.kernel, name)
 
     def __getitem__(self, grid: Any) -> Any:
         return lambda *args, **options: self.log.append(_Launch(self.kernel, args, options))
@@ -136,6 +140,82 @@ def compile_decode(
     with _recording(decode.source(spec, problem, config=config)) as (module, log):
         module.forward(q, k, v, *captures, *[4096] * len(spec.sizes), splits=splits)
         return [_compile(launch, launch.kernel.__name__, target) for launch in log]
+
+
+def compile_recurrence(
+    spec: RecurrenceSpec,
+    problem: recurrence.Problem,
+    *,
+    target: str,
+    config: recurrence.Config | None = None,
+    tile: int = 0,
+    group: int = 1,
+    steps: int = 4096,
+    segments: int = 1,
+    directions: Sequence[str] = ("forward", "backward"),
+) -> list[Report]:
+    """Compiles the kernels of a recurrence, with the `tile`-th tile of its configuration; few `steps` have a kernel of their own.
+
+    Raises:
+        KernelError: an unknown target, or Triton's interpreter is on.
+    """
+    if target not in TARGETS:
+        raise KernelError(f"Expected one of {sorted(TARGETS)} but got target={target!r}.")
+    v, x, grads = _recurrence_operands(spec, problem, group, steps)
+    with _recording(recurrence.source(spec, problem, config=config)) as (module, log):
+        if "forward" in directions:
+            module.forward(v, **x, tile=tile, segments=segments)
+        if "backward" in directions:
+            module.backward(*grads, v, **x, tile=tile, segments=segments)
+        return [_compile(launch, launch.kernel.__name__, target) for launch in log]
+
+
+def compile_scan(
+    spec: RecurrenceSpec,
+    v: Tensor,
+    operands: Sequence[Tensor],
+    *,
+    target: str,
+    layout: str = "bthd",
+    processors: int = 132,
+    config: scan.Overrides | None = None,
+) -> list[Report]:
+    """Compiles the kernels of a recurrence computed step by step, as a GPU of so many processors runs them for such operands.
+
+    Raises:
+        KernelError: an unknown target, or Triton's interpreter is on.
+    """
+    if target not in TARGETS:
+        raise KernelError(f"Expected one of {sorted(TARGETS)} but got target={target!r}.")
+    named = spec.named(operands)
+    with _recording(scan.source(spec, scan.Problem.of(v, named))) as (module, log):
+        module.processors = lambda device: processors  # type: ignore[attr-defined]
+        out, final = module.forward(v, **named, layout=layout, config=config)
+        module.backward(out, final, v, **named, **({} if spec.has_rows else {"out": out}), config=config)
+        return [_compile(launch, launch.kernel.__name__, target) for launch in log]
+
+
+def _recurrence_operands(
+    spec: RecurrenceSpec, problem: recurrence.Problem, group: int, steps: int
+) -> tuple[Tensor, dict[str, Tensor], list[Tensor | None]]:
+    b, h, d_k, d_v = 2, 8 * group, problem.d_k, problem.d_v
+    gate = {"head": (1, 1), "key": (d_k, 1), "value": (1, d_v)}.get(spec.decay, (1, 1))
+    state, time = (b, h, d_k, d_v + spec.normaliser), 1 if problem.constant else steps
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    made = {
+        "q": empty(b, steps, h // group, d_k, dtype=problem.dtype).transpose(1, 2),
+        "k": empty(b, steps, h // group, d_k, dtype=problem.dtype).transpose(1, 2),
+        "gate": empty(b, time, h, *gate).transpose(1, 2),
+        "rate": empty(1, h, 1, 1, 1),
+        "bonus": empty(1, h, 1, d_k),
+        "initial": empty(*state),
+    }
+    v = empty(b, steps, h, d_v, dtype=problem.dtype).transpose(1, 2)
+    grads = [empty(*v.shape, dtype=spec.out_dtype), empty(b, h, steps) if spec.normaliser else None, empty(*state)]
+    return v, {name: made[name] for name in spec.operands}, grads
 
 
 def _launches(spec: AttentionSpec, problem: Problem, config: Config | None, group: int) -> list[_Launch]:

@@ -1,7 +1,7 @@
 """Attention of any specification, forward and backward, on a GPU: chooses a configuration, writes the kernels, launches them.
 
     out, lse = forward(q, k, v, captures, sizes, spec)
-    dq, dk, dv, d_sink = backward(grad_out, q, k, v, out, lse, captures, sizes, spec)
+    dq, dk, dv, d_captured = backward(grad_out, q, k, v, out, lse, captures, sizes, spec)
 
 q is [B, H, TQ, D], k [B, H_KV, TK, D], v [B, H_KV, TK, D_V], each of any strides; query head h reads key head h // (H // H_KV).
 """
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import KernelError
-from ..ops.attention import AttentionSpec
+from ..ops.attention import AttentionSpec, captured_gradients
 from . import emit, hopper
 from .hooks import Variant
 from .hopper import Rings
@@ -49,7 +49,7 @@ class Launch:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Launches of the three kernels: general ones, or those for Hopper.
+    """Launches of the kernels: general ones, or those for Hopper. `captured` is that of the gradients of captured tensors.
 
     `fast_tanh`: NVIDIA's own tanh instruction, with a relative error of 2^-11. `split_dkv`: dK and dV in two passes, each
     with twice the registers for its sum, at the cost of one more product of Q and K.
@@ -58,6 +58,7 @@ class Config:
     forward: Launch | Rings
     dq: Launch | Rings
     dkv: Launch | Rings
+    captured: Launch
     fast_tanh: bool = False
     split_dkv: bool = False
 
@@ -116,7 +117,7 @@ def forward(
         KernelError: shapes or dtypes that the kernels do not take.
     """
     _check(q, k, v, captures, sizes, spec)
-    if config is None and _decode().takes(q, k, v):
+    if config is None and not spec.dropout and _decode().takes(q, k, v):
         return _decode().forward(q, k, v, captures, sizes, spec, out_layout=out_layout)
     module = _kernels(q, k, v, captures, sizes, spec, config)
     return module.forward(q, k, v, *captures, *sizes, out_layout=out_layout)
@@ -133,17 +134,24 @@ def backward(
     sizes: Sequence[int],
     spec: AttentionSpec,
     *,
+    grad_lse: Tensor | None = None,
     config: Config | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """`(dq, dk, dv, d_sink)`. d_sink [B, H, TQ] float32 is the gradient of each row's sink logit, `None` without a sink.
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """`(dq, dk, dv, d_captured)`, the last one of each captured tensor in `spec.learned`.
 
-    A row without keys: "zero" and "nan" rows send no gradient; "mean" rows send that of a softmax of equal logits.
+    `grad_lse` [B, H, TQ] is the gradient of the log-sum-exp, if it is used.
+
+    A row without keys sends no gradient, but that of a "mean" row to the values.
     """
     _check(q, k, v, captures, sizes, spec)
     module = _kernels(q, k, v, captures, sizes, spec, config)
     if hopper.takes(q.dtype, architecture(q.device)) and not hopper.copies([grad_out]):
         grad_out = grad_out.contiguous()
-    return module.backward(grad_out, q, k, v, out, lse, *captures, *sizes)
+    dq, dk, dv, d_sink, d_loads = module.backward(grad_out, q, k, v, out, lse, *captures, *sizes, grad_lse=grad_lse)
+    if not spec.learned:
+        return dq, dk, dv, []
+    shape = (*q.shape[:3], k.shape[2])
+    return dq, dk, dv, captured_gradients(shape, d_loads, d_sink, captures, sizes, spec)
 
 
 def source(spec: AttentionSpec, problem: Problem, *, config: Config | None = None) -> str:
@@ -157,6 +165,7 @@ def source(spec: AttentionSpec, problem: Problem, *, config: Config | None = Non
         forward=config.forward.options(),
         dq=config.dq.options(),
         dkv=config.dkv.options(),
+        captured=config.captured.options(),
         fast_tanh=config.fast_tanh,
         split_dkv=config.split_dkv,
         hopper=config.for_hopper,
@@ -217,41 +226,41 @@ def architecture(device: torch.device) -> Arch:
     return f"sm_{properties.major}{properties.minor}"
 
 
-def _rule(forward: Tile, dq: Tile, dkv: Tile, *, split: bool = False) -> Config:
-    launches = [Launch(block_m=m, block_n=n, num_warps=w, num_stages=s) for m, n, w, s in (forward, dq, dkv)]
-    return Config(forward=launches[0], dq=launches[1], dkv=launches[2], split_dkv=split)
+def _rule(forward: Tile, dq: Tile, dkv: Tile, captured: Tile, *, split: bool = False) -> Config:
+    launches = [Launch(block_m=m, block_n=n, num_warps=w, num_stages=s) for m, n, w, s in (forward, dq, dkv, captured)]
+    return Config(forward=launches[0], dq=launches[1], dkv=launches[2], captured=launches[3], split_dkv=split)
 
 
 # By padded head dimension, for 2-byte operands. All fit the shared memory without spilling: tests/test_aot.py.
 _SM_90 = {  # 227 KB of shared memory a block
-    64: _rule((128, 128, 8, 3), (128, 64, 8, 3), (64, 128, 8, 3)),
-    128: _rule((128, 64, 8, 3), (128, 64, 8, 3), (32, 128, 8, 2)),
-    256: _rule((128, 32, 8, 4), (128, 32, 8, 2), (32, 128, 8, 2), split=True),
+    64: _rule((128, 128, 8, 3), (128, 64, 8, 3), (64, 128, 8, 3), (64, 64, 4, 2)),
+    128: _rule((128, 64, 8, 3), (128, 64, 8, 3), (32, 128, 8, 2), (64, 64, 8, 2)),
+    256: _rule((128, 32, 8, 4), (128, 32, 8, 2), (32, 128, 8, 2), (64, 32, 8, 1), split=True),
 }
 _SM_100 = {  # likewise, accumulators outside of the registers
-    64: _rule((128, 64, 4, 3), (128, 64, 8, 3), (64, 128, 8, 3)),
-    128: _rule((128, 64, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2)),
-    256: _rule((128, 32, 8, 4), (128, 32, 8, 2), (32, 128, 8, 2), split=True),
+    64: _rule((128, 64, 4, 3), (128, 64, 8, 3), (64, 128, 8, 3), (64, 64, 4, 2)),
+    128: _rule((128, 64, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2), (64, 64, 8, 2)),
+    256: _rule((128, 32, 8, 4), (128, 32, 8, 2), (32, 128, 8, 2), (64, 32, 8, 1), split=True),
 }
 _SM_80 = {  # 163 KB
-    64: _rule((128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
-    128: _rule((128, 32, 8, 3), (64, 64, 8, 2), (32, 64, 8, 2)),
-    256: _rule((64, 32, 8, 2), (64, 32, 8, 1), (32, 32, 8, 1), split=True),
+    64: _rule((128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 8, 2)),
+    128: _rule((128, 32, 8, 3), (64, 64, 8, 2), (32, 64, 8, 2), (64, 64, 8, 1)),
+    256: _rule((64, 32, 8, 2), (64, 32, 8, 1), (32, 32, 8, 1), (64, 32, 8, 1), split=True),
 }
 _SMALL = {  # sm_86, sm_89, sm_120: 99 KB
-    64: _rule((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2)),
-    128: _rule((128, 32, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2)),
-    256: _rule((64, 32, 8, 1), (32, 32, 4, 1), (32, 32, 4, 1), split=True),
+    64: _rule((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2), (64, 64, 8, 1)),
+    128: _rule((128, 32, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2), (64, 32, 8, 1)),
+    256: _rule((64, 32, 8, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 16, 4, 1), split=True),
 }
 _AMD = {  # 64 KB of LDS, wavefronts of 64
-    64: _rule((128, 64, 4, 1), (64, 64, 4, 1), (64, 64, 4, 1)),
-    128: _rule((128, 32, 4, 1), (64, 32, 4, 1), (32, 64, 4, 1)),
-    256: _rule((64, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), split=True),
+    64: _rule((128, 64, 4, 1), (64, 64, 4, 1), (64, 64, 4, 1), (64, 32, 4, 1)),
+    128: _rule((128, 32, 4, 1), (64, 32, 4, 1), (32, 64, 4, 1), (32, 32, 4, 1)),
+    256: _rule((64, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 16, 4, 1), split=True),
 }
 _FULL_PRECISION = {  # float32 operands
-    64: _rule((64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
-    128: _rule((32, 32, 4, 2), (32, 32, 4, 1), (32, 32, 4, 1)),
-    256: _rule((32, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    64: _rule((64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1)),
+    128: _rule((32, 32, 4, 2), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+    256: _rule((32, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
 }
 
 
@@ -264,16 +273,19 @@ def default_config(spec: AttentionSpec, problem: Problem) -> Config:
     if problem.width > 256:
         raise KernelError(f"Expected head dimensions up to 256 but got d_qk={problem.d_qk!r}, d_v={problem.d_v!r}.")
     rule = replace(_rules(problem)[max(64, problem.width)], fast_tanh=takes_fast_tanh(spec, problem))
-    return _for_hopper(rule, spec, problem) if problem.copies and hopper.takes(problem.dtype, problem.arch) else rule
+    if spec.dropout:  # random numbers take registers of their own
+        rule = replace(rule, dkv=replace(rule.dkv, block_m=max(16, rule.dkv.block_m // 2)))  # type: ignore[union-attr]
+    special = problem.copies and hopper.takes(problem.dtype, problem.arch) and not spec.dropout
+    return _for_hopper(rule, spec, problem) if special else rule
 
 
 def _for_hopper(rule: Config, spec: AttentionSpec, problem: Problem) -> Config:
-    """The rule with Hopper's own kernels; rows that average all values send gradients only through the general ones."""
+    """The rule with Hopper's own kernels; rows that average all values send gradients to them only through the general one."""
     variant = Variant(spec)
     sloped = variant.constant_slope is None
     chosen = hopper.rings(width_of(problem.d_qk), width_of(problem.d_v), crowded=variant.crowded, sloped=sloped)
     if spec.empty == "mean":
-        chosen = {name: rings for name, rings in chosen.items() if name == "forward"}
+        chosen = {name: rings for name, rings in chosen.items() if name != "dkv"}
     return replace(rule, **chosen)  # type: ignore[arg-type]
 
 
@@ -298,7 +310,7 @@ def candidates(spec: AttentionSpec, problem: Problem) -> tuple[Config, ...]:
     """The default configuration first, then others worth timing, kernel by kernel around it."""
     base = default_config(spec, problem)
     found = [base, replace(base, split_dkv=not base.split_dkv)]
-    for name in ("forward", "dq", "dkv"):
+    for name in ("forward", "dq", "dkv", *(("captured",) if Variant(spec).learned else ())):
         launch: Launch | Rings = getattr(base, name)
         for other in hopper.neighbours(launch) if isinstance(launch, Rings) else _neighbours(launch):
             found.append(replace(base, **{name: other}))  # type: ignore[arg-type]

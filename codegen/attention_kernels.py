@@ -36,10 +36,14 @@ PER_HEAD = tl.constexpr(False)  # the mask depends on the head
 SINK = tl.constexpr(False)  # a logit without a value joins the softmax
 ZERO = tl.constexpr(False)  # a row without keys is zero
 MEAN = tl.constexpr(False)  # a row without keys is the mean of all values
+DROPOUT = tl.constexpr(False)  # some weights are set to zero at random
+LEARNS = tl.constexpr(False)  # the score loads what gets a gradient
+SINK_LEARNS = tl.constexpr(False)  # so does the logit without a value
 
 SCALE = tl.constexpr(1.0)  # of SCALED, in the unit of the score
 SLOPE = tl.constexpr(1.0)  # the derivative of the score, natural units, where it is constant
 SLOPE_LEFT = tl.constexpr(1.0)  # the part of the derivative that is left to multiply with at the end
+KEPT_SCALE = tl.constexpr(1.0)  # of the weights that DROPOUT leaves
 PRECISION = tl.constexpr("ieee")
 RUNTIME = ["TQ", "TK"]
 TABLE_BY_BATCH = True
@@ -49,6 +53,8 @@ FORWARD = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
 DQ = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
 DKV_PASSES = ((True, True),)  # (with K, with V): both at once, or one after the other where registers are short
 DKV = {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2}
+CAPTURED = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+SUMS = (("nothing", True, True),)  # of each load that learns: what a program sums over, whether it depends on b and on h
 
 # ------------------------------------------------------------------------------------------------------------------------ Hooks
 
@@ -63,6 +69,18 @@ def score(s, b, h, i, j, inside, fixed, rows, cols, captures):
 def score_and_slope(s, b, h, i, j, inside, fixed, rows, cols, captures):
     """The logit of one pair, and its derivative by s in natural units."""
     return s * SCALE, 1.0
+
+
+@triton.jit
+def load_slope(s, b, h, i, j, inside, fixed, rows, cols, captures, AT: tl.constexpr):
+    """The derivative of the score by load AT of those that learn, natural units."""
+    return 1.0
+
+
+@triton.jit
+def kept(b, h, i, j, captures):
+    """Whether the weight of one pair survives the dropout."""
+    return i + j >= 0
 
 
 @triton.jit
@@ -168,6 +186,8 @@ def attend(
         else:
             p = weight(x)
             total = total + tl.sum(p, 1)
+        if DROPOUT:
+            p = tl.where(kept(b, h, i, j, captures), p, 0.0)
         b_v = load_tile(v_base + wide(j0) * stride_vt, TK - j0, stride_vt, stride_vd, BLOCK_N, BLOCK_V, D_V, MASKED)
         acc = tl.dot(p.to(b_v.dtype), b_v, acc, input_precision=PRECISION)
     return acc, total, peak
@@ -248,6 +268,8 @@ def forward_kernel(
         if tl.min(total) == 0:
             mean = mean_of_values(v_base, TK, stride_vt, stride_vd, D_V, BLOCK_N, BLOCK_V)
             acc = tl.where((total == 0)[:, None], mean[None, :], acc)
+    if DROPOUT:
+        acc = acc * KEPT_SCALE
     o_base = Out + b * stride_ob + h * stride_oh + wide(i0) * stride_ot
     store_tile(o_base, acc, TQ - i0, stride_ot, stride_od, BLOCK_M, BLOCK_V, D_V)
     o_m = tl.arange(0, BLOCK_M)
@@ -259,15 +281,15 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def delta_kernel(
-    Out, GradOut, Lse, Norm, Delta, GradSink, AnyEmpty,
+    Out, GradOut, Lse, GradLse, Norm, Delta, GradSink, AnyEmpty,
     stride_ob, stride_oh, stride_ot, stride_od, stride_gb, stride_gh, stride_gt, stride_gd,
     stride_n, H, TQ, captures,
     D_V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Row statistics of the backward pass, a tile of queries at a time.
 
-    Norm: the log-sum-exp in the unit of the score, +inf for a row without keys. Delta: sum_d O dO. GradSink: -P_sink Delta.
-    Lines of Norm and Delta are stride_n >= TQ long, the rest zeros.
+    Norm: the log-sum-exp in the unit of the score, +inf for a row without keys. Delta: sum_d O dO, less the gradient of the
+    log-sum-exp: dS = P (dP - Delta). GradSink: -P_sink Delta. Lines of Norm and Delta are stride_n >= TQ long, the rest zeros.
     """
     b = wide(tl.program_id(0) // H)
     h = wide(tl.program_id(0) % H)
@@ -279,6 +301,8 @@ def delta_kernel(
     b_g = load_tile(g_base, TQ - i0, stride_gt, stride_gd, BLOCK_M, BLOCK_V, D_V, True).to(tl.float32)
     delta = tl.sum(b_o * b_g, 1)  # [M]
     at = (b * H + h) * TQ + i
+    if GradLse is not None:
+        delta = delta - tl.load(GradLse + at, mask=i < TQ, other=0.0)
     lse = tl.load(Lse + at, mask=i < TQ, other=0.0)
     empty = lse == float("-inf")
     norm = lse
@@ -290,7 +314,7 @@ def delta_kernel(
     if MEAN:
         if tl.max(empty.to(tl.int32)) == 1:
             tl.store(AnyEmpty, 1)
-    if SINK:
+    if SINK_LEARNS:
         i_column = i[:, None]
         fixed = load_fixed(b, h, captures)
         rows = load_rows(b, h, tl.minimum(i_column, TQ - 1), fixed, captures)
@@ -303,13 +327,13 @@ def delta_kernel(
 def gather_dq(
     dq, b_q, b_g, norm, delta, k_base, v_base, tiles, first, last, b, h, i, TQ, TK,
     stride_kt, stride_kd, stride_vt, stride_vd, fixed, rows, captures,
-    MASKED: tl.constexpr, EMPTY: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr,
+    MASKED: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Adds key tiles [first, last) to dQ [M, D_QK]. EMPTY: only rows without keys, all keys with equal weight."""
+    """Adds key tiles [first, last) to dQ [M, D_QK]."""
     for step in tl.range(first, last):
         if TABLE:
-            n = step if EMPTY else tl.load(tiles + step)
+            n = tl.load(tiles + step)
         else:
             n = step
         j0 = n * BLOCK_N
@@ -323,12 +347,11 @@ def gather_dq(
         if MASKED:
             inside = inside & (j < TK)
         x, slope = score_and_slope(s, b, h, i, j, inside, fixed, rows, cols, captures)
-        if EMPTY:
-            p = tl.where((norm == float("inf")) & (j < TK), 1.0 / TK, 0.0)
-        else:
-            p = weight(x - norm)
-            if MASKED:
-                p = tl.where(visible(b, h, i, j, inside, fixed, rows, cols, captures) & (j < TK), p, 0.0)
+        p = weight(x - norm)
+        if MASKED:
+            p = tl.where(visible(b, h, i, j, inside, fixed, rows, cols, captures) & (j < TK), p, 0.0)
+        if DROPOUT:
+            dp = tl.where(kept(b, h, i, j, captures), dp * KEPT_SCALE, 0.0)
         ds = p * (dp - delta)
         if SLOPED:
             ds = ds * slope
@@ -371,11 +394,11 @@ def dq_kernel(
         partial = tl.load(line + 1)
         dq = gather_dq(
             dq, b_q, b_g, norm, delta, k_base, v_base, line + 2, 0, full, b, h, i, TQ, TK, stride_kt, stride_kd,
-            stride_vt, stride_vd, fixed, rows, captures, False, False, D_QK, D_V, BLOCK_N, BLOCK_QK, BLOCK_V,
+            stride_vt, stride_vd, fixed, rows, captures, False, D_QK, D_V, BLOCK_N, BLOCK_QK, BLOCK_V,
         )  # fmt: skip
         dq = gather_dq(
             dq, b_q, b_g, norm, delta, k_base, v_base, line + 2 + tl.cdiv(TK, BLOCK_N), 0, partial, b, h, i, TQ, TK,
-            stride_kt, stride_kd, stride_vt, stride_vd, fixed, rows, captures, True, False, D_QK, D_V, BLOCK_N, BLOCK_QK, BLOCK_V,
+            stride_kt, stride_kd, stride_vt, stride_vd, fixed, rows, captures, True, D_QK, D_V, BLOCK_N, BLOCK_QK, BLOCK_V,
         )  # fmt: skip
     else:
         lo, full_lo, full_hi, hi = key_range(b, h, i0, tl.minimum(i0 + BLOCK_M, TQ) - 1, TQ, TK, fixed, captures)
@@ -383,22 +406,16 @@ def dq_kernel(
         if HEAD:
             dq = gather_dq(
                 dq, b_q, b_g, norm, delta, k_base, v_base, None, first, full_first, b, h, i, TQ, TK, stride_kt, stride_kd,
-                stride_vt, stride_vd, fixed, rows, captures, True, False, D_QK, D_V, BLOCK_N, BLOCK_QK, BLOCK_V,
+                stride_vt, stride_vd, fixed, rows, captures, True, D_QK, D_V, BLOCK_N, BLOCK_QK, BLOCK_V,
             )  # fmt: skip
         dq = gather_dq(
             dq, b_q, b_g, norm, delta, k_base, v_base, None, full_first, full_last, b, h, i, TQ, TK, stride_kt, stride_kd,
-            stride_vt, stride_vd, fixed, rows, captures, False, False, D_QK, D_V, BLOCK_N, BLOCK_QK, BLOCK_V,
+            stride_vt, stride_vd, fixed, rows, captures, False, D_QK, D_V, BLOCK_N, BLOCK_QK, BLOCK_V,
         )  # fmt: skip
         dq = gather_dq(
             dq, b_q, b_g, norm, delta, k_base, v_base, None, full_last, last, b, h, i, TQ, TK, stride_kt, stride_kd,
-            stride_vt, stride_vd, fixed, rows, captures, True, False, D_QK, D_V, BLOCK_N, BLOCK_QK, BLOCK_V,
+            stride_vt, stride_vd, fixed, rows, captures, True, D_QK, D_V, BLOCK_N, BLOCK_QK, BLOCK_V,
         )  # fmt: skip
-    if MEAN:
-        if tl.max(tl.where(i < TQ, norm, 0.0)) == float("inf"):
-            dq = gather_dq(
-                dq, b_q, b_g, norm, delta, k_base, v_base, None, 0, tl.cdiv(TK, BLOCK_N), b, h, i, TQ, TK, stride_kt, stride_kd,
-                stride_vt, stride_vd, fixed, rows, captures, True, True, D_QK, D_V, BLOCK_N, BLOCK_QK, BLOCK_V,
-            )  # fmt: skip
     d_base = GradQ + b * stride_db + h * stride_dh + wide(i0) * stride_dt
     store_tile(d_base, dq * SLOPE_LEFT, TQ - i0, stride_dt, stride_dd, BLOCK_M, BLOCK_QK, D_QK)
 
@@ -412,7 +429,8 @@ def gather_dkv(
 ):  # fmt: skip
     """Adds query tiles [first, last) of `members` heads to dK [N, D_QK] and dV [N, D_V], in one loop over both.
 
-    EMPTY: only rows without keys, all keys with equal weight. WITH_K, WITH_V: which of the two is wanted.
+    EMPTY: only rows without keys, all keys with equal weight; they send no gradient through the scores. WITH_K, WITH_V: which of
+    the two is wanted.
     """
     count = last - first
     if BY_HEAD:
@@ -454,10 +472,16 @@ def gather_dkv(
             p = weight(x - norm)
             if MASKED:
                 p = tl.where(visible(b, h, i, j, inside, fixed, rows, cols, captures) & inside, p, 0.0)
+        left = p
+        if DROPOUT:
+            survives = kept(b, h, i, j, captures)
+            left = tl.where(survives, p * KEPT_SCALE, 0.0)
         if WITH_V:
-            dv = tl.dot(p.to(b_g.dtype), b_g, dv, input_precision=PRECISION)
+            dv = tl.dot(left.to(b_g.dtype), b_g, dv, input_precision=PRECISION)
         if WITH_K:
             dp = tl.dot(b_v, b_g.T, input_precision=PRECISION)
+            if DROPOUT:
+                dp = tl.where(survives, dp * KEPT_SCALE, 0.0)
             ds = p * (dp - delta)
             if SLOPED:
                 ds = ds * slope
@@ -510,12 +534,13 @@ def gather_heads(
             True, False, WITH_K, WITH_V, D_QK, D_V, BLOCK_M, BLOCK_QK, BLOCK_V,
         )  # fmt: skip
     if MEAN:
-        if tl.load(AnyEmpty) != 0:
-            dk, dv = gather_dkv(
-                dk, dv, b_k, b_v, Q, GradOut, Norm, Delta, None, 0, tl.cdiv(TQ, BLOCK_M), b, h_first, members, j, TQ, TK,
-                stride_qh, stride_qt, stride_qd, stride_gh, stride_gt, stride_gd, stride_n, captures,
-                True, True, WITH_K, WITH_V, D_QK, D_V, BLOCK_M, BLOCK_QK, BLOCK_V,
-            )  # fmt: skip
+        if WITH_V:
+            if tl.load(AnyEmpty) != 0:
+                dk, dv = gather_dkv(
+                    dk, dv, b_k, b_v, Q, GradOut, Norm, Delta, None, 0, tl.cdiv(TQ, BLOCK_M), b, h_first, members, j, TQ, TK,
+                    stride_qh, stride_qt, stride_qd, stride_gh, stride_gt, stride_gd, stride_n, captures,
+                    True, True, False, True, D_QK, D_V, BLOCK_M, BLOCK_QK, BLOCK_V,
+                )  # fmt: skip
     return dk, dv
 
 
@@ -564,6 +589,120 @@ def dkv_kernel(
     if WITH_V:
         e_base = GradV + b * stride_eb + h_kv * stride_eh + wide(j0) * stride_et
         store_tile(e_base, dv, TK - j0, stride_et, stride_ed, BLOCK_N, BLOCK_V, D_V)
+
+
+# -------------------------------------------------------------------------------------------------- Gradients of captured tensors
+
+
+@triton.jit
+def add_tile(
+    acc, Q, K, V, GradOut, Norm, Delta, b, h, m, n,
+    stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_kt, stride_kd,
+    stride_vb, stride_vh, stride_vt, stride_vd, stride_gb, stride_gh, stride_gt, stride_gd, stride_n, H, GROUP, TQ, TK, captures,
+    AT: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr, BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Adds to `acc` [M, N] the gradients that load AT gets from query tile m and key tile n."""
+    i0 = m * BLOCK_M
+    j0 = n * BLOCK_N
+    i = i0 + tl.arange(0, BLOCK_M)[:, None]  # [M, 1]
+    j = j0 + tl.arange(0, BLOCK_N)[None, :]  # [1, N]
+    fixed = load_fixed(b, h, captures)
+    rows = load_rows(b, h, tl.minimum(i, TQ - 1), fixed, captures)
+    cols = load_cols(b, h, tl.minimum(j, TK - 1), fixed, captures)
+    q_base = Q + b * stride_qb + h * stride_qh + wide(i0) * stride_qt
+    g_base = GradOut + b * stride_gb + h * stride_gh + wide(i0) * stride_gt
+    k_base = K + b * stride_kb + (h // GROUP) * stride_kh + wide(j0) * stride_kt
+    v_base = V + b * stride_vb + (h // GROUP) * stride_vh + wide(j0) * stride_vt
+    b_q = load_tile(q_base, TQ - i0, stride_qt, stride_qd, BLOCK_M, BLOCK_QK, D_QK, True)
+    b_k = load_tile(k_base, TK - j0, stride_kt, stride_kd, BLOCK_N, BLOCK_QK, D_QK, True)
+    s = tl.dot(b_q, b_k.T, input_precision=PRECISION)  # [M, N]
+    b_g = load_tile(g_base, TQ - i0, stride_gt, stride_gd, BLOCK_M, BLOCK_V, D_V, True)
+    b_v = load_tile(v_base, TK - j0, stride_vt, stride_vd, BLOCK_N, BLOCK_V, D_V, True)
+    dp = tl.dot(b_g, b_v.T, input_precision=PRECISION)
+    line = (b * H + h) * stride_n + i
+    norm = tl.load(Norm + line, mask=i < TQ, other=0.0)  # [M, 1]
+    delta = tl.load(Delta + line, mask=i < TQ, other=0.0)
+    inside = (i < TQ) & (j < TK)
+    x = score(s, b, h, i, j, inside, fixed, rows, cols, captures)
+    p = tl.where(visible(b, h, i, j, inside, fixed, rows, cols, captures) & inside, weight(x - norm), 0.0)
+    if DROPOUT:
+        dp = tl.where(kept(b, h, i, j, captures), dp * KEPT_SCALE, 0.0)
+    return acc + p * (dp - delta) * load_slope(s, b, h, i, j, inside, fixed, rows, cols, captures, AT)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def captured_kernel(
+    Q, K, V, GradOut, Norm, Delta, Grad, table,
+    stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_kt, stride_kd,
+    stride_vb, stride_vh, stride_vt, stride_vd, stride_gb, stride_gh, stride_gt, stride_gd, stride_n,
+    TILES, HEADS, SUMMED_B, SUMMED_H, H, GROUP, TQ, TK, captures,
+    AT: tl.constexpr, OVER: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr, BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The gradient of what load AT reads.
+
+    OVER "keys": one tile of queries, summed over the keys, [M]. "queries": the other way round, [N]. "nothing": one tile of both
+    [M, N], summed over SUMMED_B batch entries and SUMMED_H heads; Grad has HEADS heads.
+    """
+    tile = tl.program_id(0) % TILES
+    outer = tl.program_id(0) // TILES
+    b = wide(outer // HEADS)
+    h = wide(outer % HEADS)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    i = tl.arange(0, BLOCK_M)
+    j = tl.arange(0, BLOCK_N)
+    if OVER == "nothing":
+        m = tile // tl.cdiv(TK, BLOCK_N)
+        n = tile % tl.cdiv(TK, BLOCK_N)
+        i0 = m * BLOCK_M
+        j0 = n * BLOCK_N
+        for step in tl.range(0, SUMMED_B * SUMMED_H):
+            b_at = b + step // SUMMED_H
+            h_at = h + step % SUMMED_H
+            fixed = load_fixed(b_at, h_at, captures)
+            lo, full_lo, full_hi, hi = key_range(b_at, h_at, i0, tl.minimum(i0 + BLOCK_M, TQ) - 1, TQ, TK, fixed, captures)
+            if (lo < j0 + BLOCK_N) & (hi > j0):
+                acc = add_tile(
+                    acc, Q, K, V, GradOut, Norm, Delta, b_at, h_at, m, n, stride_qb, stride_qh, stride_qt, stride_qd,
+                    stride_kb, stride_kh, stride_kt, stride_kd, stride_vb, stride_vh, stride_vt, stride_vd,
+                    stride_gb, stride_gh, stride_gt, stride_gd, stride_n, H, GROUP, TQ, TK, captures,
+                    AT, D_QK, D_V, BLOCK_QK, BLOCK_V, BLOCK_M, BLOCK_N,
+                )  # fmt: skip
+        at = (wide(outer) * TQ + i0 + i[:, None]) * TK + j0 + j[None, :]
+        tl.store(Grad + at, acc, mask=(i0 + i < TQ)[:, None] & (j0 + j < TK)[None, :])
+    else:
+        if TABLE:
+            line = table_line(b, h, tile, table)
+            full = tl.load(line)
+            first = 0
+            last = full + tl.load(line + 1)
+        else:
+            fixed = load_fixed(b, h, captures)
+            if OVER == "keys":
+                i0 = tile * BLOCK_M
+                lo, full_lo, full_hi, hi = key_range(b, h, i0, tl.minimum(i0 + BLOCK_M, TQ) - 1, TQ, TK, fixed, captures)
+                first, full_first, full_last, last = tile_range(lo, full_lo, full_hi, hi, BLOCK_N)
+            else:
+                j0 = tile * BLOCK_N
+                lo, full_lo, full_hi, hi = query_range(b, h, j0, tl.minimum(j0 + BLOCK_N, TK) - 1, TQ, TK, fixed, captures)
+                first, full_first, full_last, last = tile_range(lo, full_lo, full_hi, hi, BLOCK_M)
+        for step in tl.range(first, last):
+            if TABLE:
+                room = tl.cdiv(TK, BLOCK_N) if OVER == "keys" else tl.cdiv(TQ, BLOCK_M)
+                other = tl.load(line + 2 + step + tl.where(step >= full, room - full, 0))
+            else:
+                other = step
+            acc = add_tile(
+                acc, Q, K, V, GradOut, Norm, Delta, b, h, tile if OVER == "keys" else other, other if OVER == "keys" else tile,
+                stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_kt, stride_kd,
+                stride_vb, stride_vh, stride_vt, stride_vd, stride_gb, stride_gh, stride_gt, stride_gd, stride_n,
+                H, GROUP, TQ, TK, captures, AT, D_QK, D_V, BLOCK_QK, BLOCK_V, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+        if OVER == "keys":
+            tl.store(Grad + wide(outer) * TQ + tile * BLOCK_M + i, tl.sum(acc, 1), mask=tile * BLOCK_M + i < TQ)
+        else:
+            tl.store(Grad + wide(outer) * TK + tile * BLOCK_N + j, tl.sum(acc, 0), mask=tile * BLOCK_N + j < TK)
 
 
 # --------------------------------------------------------------------------------------------------------------- Block table
@@ -716,6 +855,35 @@ def launch_dkv(start, grad_out, q, k, v, norm, delta, any_empty, dk, dv, table, 
         )  # fmt: skip
 
 
+def launch_captured(start, grad_out, q, k, v, norm, delta, grads, config, captures):
+    """The gradient of what each load that learns reads."""
+    batch, heads, t_q, d_qk = q.shape
+    h_kv, t_k, d_v = v.shape[1], v.shape[2], v.shape[3]
+    m_tiles, n_tiles = tile_count(t_q, config["BLOCK_M"]), tile_count(t_k, config["BLOCK_N"])
+    for at, ((over, _, _), grad) in enumerate(zip(SUMS, grads, strict=True)):
+        tiles = {"keys": m_tiles, "queries": n_tiles, "nothing": m_tiles * n_tiles}[over]
+        if TABLE:
+            table = block_table(start, q, k, captures, config=config, by_key=over == "queries")
+        start(
+            captured_kernel, (grad.shape[0] * grad.shape[1] * tiles, 1, 1),
+            q, k, v, grad_out, norm, delta, grad, table, *q.stride(), *k.stride(), *v.stride(), *grad_out.stride(), norm.stride(1),
+            tiles, grad.shape[1], batch // grad.shape[0], heads // grad.shape[1], heads, heads // h_kv, t_q, t_k, captures,
+            AT=at, OVER=over, D_QK=d_qk, D_V=d_v, BLOCK_QK=width_of(d_qk), BLOCK_V=width_of(d_v), **config,
+        )  # fmt: skip
+
+
+def allocate_captured(q, k):
+    """For each load that learns a float32 [B, H, TQ, TK], of size 1 in dimensions that are summed in a kernel."""
+    batch, heads, t_q, t_k = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+    shapes = {
+        "keys": lambda by_batch, by_head: (batch, heads, t_q, 1),
+        "queries": lambda by_batch, by_head: (batch, heads, 1, t_k),
+        "nothing": lambda by_batch, by_head: (batch if by_batch else 1, heads if by_head else 1, t_q, t_k),
+    }
+    made = [shapes[over](by_batch, by_head) for over, by_batch, by_head in SUMS]
+    return [torch.empty(shape, dtype=torch.float32, device=q.device) for shape in made]
+
+
 def allocate_out(q, v, out_layout):
     """[B, H, T, D_V], dense in the order of `out_layout`: "bhtd" or "bthd"."""
     batch, heads, t_q, _ = q.shape
@@ -739,15 +907,24 @@ def forward(q, k, v, captures, *, config=None, out_layout="bhtd"):
     return out, lse
 
 
-def backward(grad_out, q, k, v, out, lse, captures, *, dq_config=None, dkv_config=None):
-    """`(dq, dk, dv, d_sink)` for the results of `forward`; d_sink [B, H, TQ] float32, one term a row, `None` without a sink."""
+def backward(grad_out, q, k, v, out, lse, captures, *, grad_lse=None, dq_config=None, dkv_config=None):
+    """`(dq, dk, dv, d_sink, d_loads)` for the results of `forward`, the last two of what learns.
+
+    grad_lse: [B, H, TQ], the gradient of lse, if it is used.
+    d_sink: [B, H, TQ] float32, the gradient of each row's logit without a value, or `None`. d_loads: of what each load in the score
+    reads, [B, H, TQ, TK] float32, of size 1 in dimensions that are summed already.
+    """
     dq_config, dkv_config = dq_config or DQ, dkv_config or DKV
     batch, heads, t_q, _ = q.shape
     d_v = v.shape[-1]
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     norm, delta = torch.empty((2, batch, heads, -4 * (-t_q // 4)), dtype=torch.float32, device=q.device)
+    grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
     d_sink = any_empty = None
-    if SINK:
+    d_loads = []
+    if LEARNS:
+        d_loads = allocate_captured(q, k)
+    if SINK_LEARNS:
         d_sink = torch.empty_like(lse)
     if MEAN:
         any_empty = torch.zeros(1, dtype=torch.int32, device=q.device)
@@ -755,7 +932,7 @@ def backward(grad_out, q, k, v, out, lse, captures, *, dq_config=None, dkv_confi
     def run(start):
         start(
             delta_kernel, (batch * heads, tile_count(norm.shape[-1], 64), 1),
-            out, grad_out, lse, norm, delta, d_sink, any_empty, *out.stride(), *grad_out.stride(), norm.stride(1),
+            out, grad_out, lse, grad_lse, norm, delta, d_sink, any_empty, *out.stride(), *grad_out.stride(), norm.stride(1),
             heads, t_q, captures, D_V=d_v, BLOCK_V=width_of(d_v), BLOCK_M=64, num_warps=4,
         )  # fmt: skip
         if TABLE:
@@ -764,6 +941,8 @@ def backward(grad_out, q, k, v, out, lse, captures, *, dq_config=None, dkv_confi
         if TABLE:
             table = block_table(start, q, k, captures, config=dq_config, by_key=False)
         launch_dq(start, grad_out, q, k, v, norm, delta, dq, table, dq_config, captures)
+        if LEARNS:
+            launch_captured(start, grad_out, q, k, v, norm, delta, d_loads, CAPTURED, captures)
 
     begin(run, grad_out, q, k, v, out)
-    return dq, dk, dv, d_sink
+    return dq, dk, dv, d_sink, d_loads

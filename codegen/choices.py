@@ -5,6 +5,7 @@ A new family adds one function to `FAMILIES`.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,30 +22,22 @@ from effcompile.evaluate import Evaluator
 from effcompile.ir import Candidate, Match, Work
 from effcompile.ops.attention import AttentionSpec, index_tensors
 from effcompile.terms import Load, from_text, is_condition
-from effcompile.viewmaps import hints_of
 
-from . import decode, sdpa
+from . import decode, recurrence_choices, sdpa
 from .hooks import Variant
+from .implementation import Implementation, generates_for, hints_of_match, size_as_number
 from .launching import width_of
 
-Lower = Callable[..., Node]
+aten = torch.ops.aten
 
 _SAMPLES = 64
-_TYPICAL_SIZE = 1024  # of a dimension that depends on data
+_SEEDS = 1 << 62  # of a dropout
 _QUERY_TILE = 128
 _MAX_DEPTH = 256  # of generated kernels
 _SDPA_MAX_DEPTH = 256
 _LEAST_KEYS = 256  # of a program's part of a decoding
 _L2_SPEED = 2.0  # of reading again what another program has just read, in main memory's
 _CPU_TRAINING_KEYS = 512  # below it the fused backward on a CPU is slower than Inductor's (benchmarks/cpu_attention.py)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Implementation:
-    """A candidate for the cost model, with what adds it to a graph; `lower` is None for leaving the original."""
-
-    candidate: Candidate
-    lower: Lower | None
 
 
 def implementations(match: Match, hardware: Hardware) -> list[Implementation]:
@@ -92,22 +85,9 @@ class _Shape:
 
 
 def _shape(match: Match) -> _Shape:
-    hints = _hints(match)
-    q, k, v = ([_number(n, hints) for n in match.inputs[name].shape] for name in ("q", "k", "v"))
+    hints = hints_of_match(match)
+    q, k, v = ([size_as_number(n, hints) for n in match.inputs[name].shape] for name in ("q", "k", "v"))
     return _Shape(q[0], q[1], k[1], q[2], k[2], q[3], v[3], torch.finfo(match.inputs["q"].dtype).bits // 8)
-
-
-def _hints(match: Match) -> dict[str, int]:
-    hints: dict[str, int] = {}
-    for node in match.output.graph.find_nodes(op="placeholder"):
-        hints.update(hints_of(node, _TYPICAL_SIZE))
-    return hints
-
-
-def _number(size: Any, hints: Mapping[str, int]) -> int:
-    """A size as a number: a symbolic one as it was in the example inputs."""
-    term = sympy.sympify(size)
-    return int(term.xreplace({s: sympy.Integer(hints.get(s.name, _TYPICAL_SIZE)) for s in term.free_symbols}))
 
 
 def _attention(match: Match, hardware: Hardware) -> list[Implementation]:
@@ -117,7 +97,8 @@ def _attention(match: Match, hardware: Hardware) -> list[Implementation]:
     fused = Work(flops=flops * density, bytes=shape.operands, transcendentals=exponentials * density)
     found = []
     if generates_for(hardware) and max(shape.d, shape.dv) <= _deepest(match):
-        ours = _decoding(spec, shape, density, hardware) if shape.decodes else _generated(fused, shape, hardware)
+        few = shape.decodes and not spec.dropout
+        ours = _decoding(spec, shape, density, hardware) if few else _generated(fused, shape, hardware, special=not spec.dropout)
         found.append(Implementation(candidate=ours, lower=lower_generated))
     found += _library(match, shape, hardware, fused)
     scores = shape.pairs * (2 * shape.bytes + 2 * shape.bytes)
@@ -126,12 +107,15 @@ def _attention(match: Match, hardware: Hardware) -> list[Implementation]:
     return [*found, Implementation(candidate=own, lower=None)]
 
 
-def _generated(work: Work, shape: _Shape, hardware: Hardware) -> Candidate:
-    """Tiles of queries are computed whole, and each is one program: few queries waste arithmetic, few programs waste processors."""
+def _generated(work: Work, shape: _Shape, hardware: Hardware, *, special: bool) -> Candidate:
+    """Tiles of queries are computed whole, and each is one program: few queries waste arithmetic, few programs waste processors.
+
+    `special`: whether the kernels written for Hopper take it.
+    """
     tiles = -(-shape.tq // _QUERY_TILE)
     padding = tiles * _QUERY_TILE / shape.tq
     occupied = min(1.0, shape.b * shape.h * tiles / hardware.sms)
-    for_hopper = hardware.arch == "sm_90" and shape.bytes == 2
+    for_hopper = hardware.arch == "sm_90" and shape.bytes == 2 and special
     padded_work = Work(
         flops=work.flops * padding,
         bytes=work.bytes,
@@ -176,17 +160,11 @@ def _decoding(spec: AttentionSpec, shape: _Shape, density: float, hardware: Hard
     )  # fmt: skip
 
 
-def generates_for(hardware: Hardware) -> bool:
-    """Whether kernels are generated for an architecture: NVIDIA from sm_80 on, AMD CDNA 3 and 4."""
-    arch = hardware.arch
-    return (arch.startswith("sm_") and int(arch.removeprefix("sm_").rstrip("af")) >= 80) or arch in ("gfx942", "gfx950")
-
-
 def _library(match: Match, shape: _Shape, hardware: Hardware, fused: Work) -> list[Implementation]:
     call = sdpa.as_call(
         match.spec, square=shape.tq == shape.tk and str(match.inputs["q"].shape[2]) == str(match.inputs["k"].shape[2])
     )
-    if call is None or shape.d != shape.dv:
+    if call is None or shape.d != shape.dv or match.further:
         return []
     if hardware.vendor == "cpu":
         if shape.bytes != 4 or (match.trains and not _trains_on_cpu(call, shape)):
@@ -233,13 +211,23 @@ def lower_generated(
     sizes: Mapping[str, Any],
     match: Match,
     layout: str,
-) -> Node:
-    """Add a call of the semantic operation, which runs the generated kernels."""
+) -> dict[str, Node]:
+    """Add a call of the semantic operation, which runs the generated kernels; its results by name."""
+    tensors = list(captures.values())
+    if match.spec.dropout:
+        device = operands["q"].meta["val"].device
+        tensors.append(builder.call(aten.randint.low, 0, _SEEDS, [], dtype=torch.int64, device=device))
     both = builder.call(
         torch.ops.effcompile.attention.default,
-        operands["q"], operands["k"], operands["v"], list(captures.values()), list(sizes.values()), match.spec.to_json(), layout,
+        operands["q"], operands["k"], operands["v"], tensors, list(sizes.values()), match.spec.to_json(), layout,
     )  # fmt: skip
-    return builder.call(operator.getitem, both, 0)
+    results = {"out": builder.call(operator.getitem, both, 0)}
+    wanted = {result.name for result in match.further.values()}
+    if wanted:
+        results["lse"] = builder.call(operator.getitem, both, 1)
+    if "lse in log2" in wanted:
+        results["lse in log2"] = builder.call(aten.mul.Tensor, results["lse"], 1 / math.log(2))
+    return results
 
 
 def density_of(spec: AttentionSpec, tq: int, tk: int) -> float:
@@ -261,4 +249,7 @@ def _density(text: str, sizes: tuple[str, ...], tq: int, tk: int) -> float:
     return max(kept, 1.0 / _SAMPLES)
 
 
-FAMILIES: dict[str, Callable[[Match, Hardware], list[Implementation]]] = {"attention": _attention}
+FAMILIES: dict[str, Callable[[Match, Hardware], list[Implementation]]] = {
+    "attention": _attention,
+    "recurrence": recurrence_choices.implementations,
+}

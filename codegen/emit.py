@@ -21,6 +21,7 @@ from types import ModuleType
 
 from ..config import cache_dir
 from ..errors import KernelError
+from ..ops import dropout
 from ..ops.attention import AttentionSpec
 from ..terms import to_text
 from . import weave
@@ -28,7 +29,7 @@ from .hooks import Variant
 
 _HERE = Path(__file__).parent
 _HOOKS = (
-    "score", "score_and_slope", "visible", "sink_logit", "key_range", "query_range", "classify", "table_line",
+    "score", "score_and_slope", "load_slope", "kept", "visible", "sink_logit", "key_range", "query_range", "classify", "table_line",
     "load_fixed", "load_rows", "load_cols", "load_row_ends", "load_col_ends",
 )  # fmt: skip
 _ROOTS = ("forward", "backward", "reference", "main")
@@ -49,11 +50,12 @@ def attention_source(
     forward: Mapping[str, int],
     dq: Mapping[str, int],
     dkv: Mapping[str, int],
+    captured: Mapping[str, int],
     fast_tanh: bool = False,
     split_dkv: bool = False,
     hopper: Collection[str] = (),
 ) -> str:
-    """The text of the kernel file. `dtype` is a torch name such as "bfloat16"; the three mappings are launch configurations;
+    """The text of the kernel file. `dtype` is a torch name such as "bfloat16"; the four mappings are launch configurations;
     `hopper` names those of "forward", "dq" and "dkv" that are written for Hopper.
 
     Raises:
@@ -61,7 +63,7 @@ def attention_source(
         ExpressionError: an expression that Triton cannot compute.
     """
     variant = Variant(spec, wide_values=dtype != "float16")
-    configs = {"FORWARD": forward, "DQ": dq, "DKV": dkv}
+    configs = {"FORWARD": forward, "DQ": dq, "DKV": dkv, **({"CAPTURED": captured} if variant.learned else {})}
     parts = [
         _constants(variant, configs, split_dkv), _primitives(_tanh(dtype, fast_tanh)), _heading("The specification"),
         variant.hooks(), _kernels(variant, configs, hopper),
@@ -134,7 +136,7 @@ def _tanh(dtype: str, fast: bool) -> str:
 
 _SETTINGS = (
     "SCALE", "SLOPE", "SLOPE_LEFT", "PRECISION", "RUNTIME", "DKV_PASSES", "TABLE_BY_BATCH", "TABLE_BY_HEAD", "TABLE_CHUNK",
-    "CROWDED",
+    "CROWDED", "CAPTURED", "SUMS", "KEPT_SCALE",
 )  # fmt: skip
 _HOPPER_IMPORTS = """from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -142,6 +144,11 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 """
 _ENTRY = 'if __name__ == "__main__":\n    main()\n'
+
+
+@lru_cache(maxsize=1)
+def _dropout() -> str:
+    return Path(dropout.__file__).read_text(encoding="ascii")
 
 
 @lru_cache(maxsize=8)
@@ -187,6 +194,8 @@ def _constants(variant: Variant, configs: Mapping[str, Mapping[str, int]], split
         f"TABLE_BY_HEAD = {variant.table_depends_on('h')}",
         f"DKV_PASSES = {((True, False), (False, True)) if split_dkv else ((True, True),)!r}",
         f"CROWDED = tl.constexpr({variant.crowded!r})",
+        f"KEPT_SCALE = tl.constexpr({1.0 / (1.0 - variant.spec.dropout)!r})",
+        f"SUMS = {variant.sums!r}",
         f"TABLE_CHUNK = {2 if variant.exact_table else 32}",
     ]
     return "\n".join(lines + [f"{name} = {dict(config)!r}" for name, config in configs.items()])
@@ -225,7 +234,8 @@ def _reference(variant: Variant) -> str:
     text = _REFERENCE.replace("<CAPTURES>", "".join(f", {name}" for name in variant.host_captures))
     for name, value in variant.reference_lines().items():
         text = text.replace(f"<{name}>", value)
-    return weave.prune(text, variant.flags)
+    text = weave.prune(text, variant.flags)
+    return f"{_without_preamble(_dropout(), 'Dropout')}\n\n{text}" if variant.spec.dropout else text
 
 
 _REFERENCE = '''def reference(q, k, v<CAPTURES>):
@@ -249,8 +259,10 @@ _REFERENCE = '''def reference(q, k, v<CAPTURES>):
     if ZERO:
         p = torch.where(mask.any(-1, keepdim=True) | torch.isfinite(lse)[..., None], p, 0.0)
     if MEAN:
-        equal = torch.softmax(score - score.detach(), -1)  # gradients flow as through equal logits
-        p = torch.where(torch.isneginf(lse)[..., None], equal, p)
+        p = torch.where(torch.isneginf(lse)[..., None], 1.0 / p.shape[-1], p)
+    if DROPOUT:
+        b, h, i, j = torch.meshgrid(*(torch.arange(n, device=q.device) for n in s.shape), indexing="ij")
+        p = torch.where(dropout_keeps(seed, b, h, i, j, <DROPOUT>), p / (1.0 - <DROPOUT>), 0.0)
     return p @ v, lse
 '''
 
@@ -260,7 +272,8 @@ def _main(variant: Variant, template: str, d_qk: int, d_v: int, dtype: str) -> s
     for name in variant.spec.captures:
         kind = "torch.bool" if name in variant.bool_captures else "torch.int32" if name in variant.int_captures else "torch.float32"
         shape = ", ".join(variant.example_extent(name))
-        captures.append(f"    {name} = torch.zeros([{shape}], device=device, dtype={kind})\n")
+        filled = "ones" if name in variant.bool_captures else "zeros"
+        captures.append(f"    {name} = torch.{filled}([{shape}], device=device, dtype={kind})\n")
     captures += [f"    {name} = t\n" for name in variant.spec.sizes]
     passed = "".join(f", {name}" for name in variant.host_captures)
     text = template.replace("<D_QK>", str(d_qk)).replace("<D_V>", str(d_v)).replace("<DTYPE>", f"torch.{dtype}")

@@ -17,6 +17,8 @@ import sympy
 from ..errors import KernelError
 from ..intervals import I0, I1, J0, J1, I, J, interval, tile_bounds, verdict
 from ..ops.attention import AttentionSpec
+from ..ops.captured import loads_that_learn, slope
+from ..ops.dropout import dropout_limit
 from ..printers import shared, to_torch, to_triton
 from ..terms import BoolLoad, IntLoad, Load, Term, derivative, from_text, integer_symbol, score_symbol, to_text
 
@@ -61,6 +63,19 @@ class Variant:
         return derivative(self.score, score_symbol())
 
     @cached_property
+    def learned(self) -> tuple[Load, ...]:
+        """The loads of the score that get a gradient."""
+        return loads_that_learn(self.score, self.spec.learned)
+
+    @cached_property
+    def sums(self) -> tuple[tuple[str, bool, bool], ...]:
+        """Of each load that learns: over which of "keys", "queries" or "nothing" a program sums its gradient, and whether the load
+        depends on the batch entry and on the head."""
+        over = {"fixed": "keys", "rows": "keys", "cols": "queries", "pair": "nothing"}
+        batch, head = integer_symbol("b"), integer_symbol("h")
+        return tuple((over[_level(load)], load.has(batch), load.has(head)) for load in self.learned)
+
+    @cached_property
     def loads(self) -> dict[str, list[Load]]:
         """Loads by level, each after those that its indices contain."""
         found: dict[str, list[Load]] = {level: [] for level in LEVELS}
@@ -88,7 +103,8 @@ class Variant:
 
     @cached_property
     def int_captures(self) -> frozenset[str]:
-        return frozenset(load.tensor for loads in self.loads.values() for load in loads if isinstance(load, IntLoad))
+        loaded = {load.tensor for loads in self.loads.values() for load in loads if isinstance(load, IntLoad)}
+        return frozenset(loaded | ({"seed"} if self.spec.dropout else set()))
 
     def example_extent(self, name: str) -> list[str]:
         """A shape, in the variables of the example, that every index of the loads from a tensor stays within."""
@@ -177,6 +193,9 @@ class Variant:
             "SINK": self.sink is not None,
             "ZERO": self.spec.empty == "zero",
             "MEAN": self.spec.empty == "mean",
+            "DROPOUT": self.spec.dropout != 0,
+            "LEARNS": bool(self.learned),
+            "SINK_LEARNS": self.sink is not None and bool(loads_that_learn(self.sink, self.spec.learned)),
         }
 
     def table_depends_on(self, index: str) -> bool:
@@ -272,10 +291,36 @@ class Variant:
             self.range_function("key_range", "j"),
             self.range_function("query_range", "i"),
         ]
+        if self.spec.dropout:
+            parts.append(self.survivors())
+        if self.learned:
+            parts.append(self.load_slopes(("s", *pair)))
         if self.sink is not None:
             parts.append(self.function("sink_logit", ("b", "h", "i", "fixed", "rows", "captures"), to_text(self.sink), [self.sink]))
         if self.needs_table:
             parts += [self.classify(), TABLE_LINE]
+        return "\n\n".join(parts)
+
+    def survivors(self) -> str:
+        """The function that says which weights a dropout leaves."""
+        lines = [
+            "pairs = (i + j) * 0",
+            "head, entry = tl.cast(h, tl.int32), tl.cast(b, tl.int32)",
+            "drawn, _, _, _ = tl.philox(tl.load(seed), pairs + j, pairs + i, pairs + head, pairs + entry)",
+            f"return (drawn >> 1).to(tl.int32) >= {dropout_limit(self.spec.dropout)}",
+        ]
+        return self.device_function("kept", ("b", "h", "i", "j", "captures"), f"Dropout p={self.spec.dropout}", lines)
+
+    def load_slopes(self, parameters: Sequence[str]) -> str:
+        """The functions that `load_slope` chooses from, and itself."""
+        parts, lines = [], []
+        for at, load in enumerate(self.learned):
+            term = slope(self.score, load)
+            parts.append(self.function(f"load_slope_{at}", parameters, f"d score / d {to_text(load)}", [term]))
+            listed = ", ".join(p for parameter in parameters for p in self.groups.get(parameter, (parameter,)))
+            lines += [f"{'elif' if at else 'if'} AT == {at}:", f"    slope = load_slope_{at}({listed})"]
+        doc = "The derivative of the score by load AT of those that learn, natural units."
+        parts.append(self.device_function("load_slope", (*parameters, "AT: tl.constexpr"), doc, [*lines, "return slope"]))
         return "\n\n".join(parts)
 
     @property
@@ -347,6 +392,7 @@ class Variant:
             "SCORE": to_torch(self.score) if self.score.has(score_symbol()) else f"0 * s + {to_torch(self.score)}",
             "MASK": _torch_condition(self.mask),
             "SINK": "" if self.sink is None else to_torch(self.sink),
+            "DROPOUT": repr(self.spec.dropout),
         }
 
 

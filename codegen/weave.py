@@ -77,19 +77,45 @@ def _fixpoint(text: str, step: Callable[[Source], list[Edit]]) -> str:
 
 
 def prune(text: str, flags: Mapping[str, bool]) -> str:
-    """Decides every `if` whose test is the name of a flag, statements and expressions alike."""
+    """Decides every `if` whose test is made of the names of flags, and shortens the others; statements and expressions alike."""
 
     def step(source: Source) -> list[Edit]:
         edits = []
         for node in ast.walk(source.tree):
-            if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id in flags:
-                chosen = node.body if flags[node.test.id] else node.orelse
-                edits.append(Edit(*source.line_span(node), _block(source, chosen, node.col_offset)))
-            elif isinstance(node, ast.IfExp) and isinstance(node.test, ast.Name) and node.test.id in flags:
-                edits.append(Edit(*source.span(node), source.get(node.body if flags[node.test.id] else node.orelse)))
+            if not isinstance(node, ast.If | ast.IfExp):
+                continue
+            known = decided(node.test, flags)
+            if isinstance(known, ast.expr):
+                if known is not node.test:
+                    edits.append(Edit(*source.span(node.test), ast.unparse(known)))
+            elif isinstance(node, ast.If):
+                edits.append(Edit(*source.line_span(node), _block(source, node.body if known else node.orelse, node.col_offset)))
+            else:
+                edits.append(Edit(*source.span(node), source.get(node.body if known else node.orelse)))
         return edits
 
     return _fixpoint(text, step)
+
+
+def decided(test: ast.expr, flags: Mapping[str, bool]) -> bool | ast.expr:
+    """A condition's value where the flags tell it, otherwise what is left of it: the condition itself where they say nothing."""
+    if isinstance(test, ast.Name):
+        return flags.get(test.id, test)
+    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+        inner = decided(test.operand, flags)
+        return test if inner is test.operand else ast.UnaryOp(ast.Not(), inner) if isinstance(inner, ast.expr) else not inner
+    if not isinstance(test, ast.BoolOp):
+        return test
+    deciding = isinstance(test.op, ast.Or)  # the value that settles it
+    parts = [decided(part, flags) for part in test.values]
+    if any(part is deciding for part in parts):
+        return deciding
+    left = [part for part in parts if isinstance(part, ast.expr)]
+    if not left:
+        return not deciding
+    if all(a is b for a, b in zip(left, test.values, strict=False)) and len(left) == len(test.values):
+        return test
+    return left[0] if len(left) == 1 else ast.BoolOp(test.op, left)
 
 
 def _block(source: Source, statements: Sequence[ast.stmt], indent: int) -> str:

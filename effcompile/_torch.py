@@ -5,6 +5,7 @@
 - `torch._ops.OpOverload._can_decompose`, `.decompose`: run a composite operator's own definition.
 - `torch.amp.autocast_mode._enter_autocast` and kin, `torch._C._set_grad_enabled`: the nodes by which Dynamo switches modes.
 - `torch._C._autograd._get_data_attr`: what `x.data` is in a graph.
+- `torch._functorch.config.donated_buffer`: whether a backward may overwrite what the forward saved for it.
 - `torch.utils._pytree`: nested arguments, flattened.
 - `torch.utils._sympy.interp`: a symbolic size's expression as calls of `operator`.
 """
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Self
 
 import torch
+import torch._functorch.config
 from torch._C import DispatchKey  # type: ignore[attr-defined]
 from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import HigherOrderOperator, OpOverload, _pop_mode_from_pre_dispatch, _set_mode_pre_dispatch
@@ -45,6 +47,7 @@ __all__ = [
     "fake_mode_of",
     "has_unbacked",
     "is_composite",
+    "keeping_saved_tensors",
     "pytree",
     "restored_modes",
     "size_hint",
@@ -106,6 +109,16 @@ class PreDispatchListener(ProxyTorchDispatchMode):
 def fake_mode_of(values: Iterable[Any]) -> FakeTensorMode | None:
     """The mode of the first fake tensor: the one Dynamo traced with (the tracing context holds a fresh one), or None."""
     return next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
+
+
+def keeping_saved_tensors() -> contextlib.AbstractContextManager[None]:
+    """Compile graphs that hold a scan in here, if they train.
+
+    Inductor takes the numbers of the inputs that a backward may overwrite for those of its loops' inputs too, and gives wrong
+    gradients: a loop overwrites its first state, which is still needed (torch 2.11 and 2.13).
+    """
+    context: contextlib.AbstractContextManager[None] = torch._functorch.config.patch(donated_buffer=False)  # type: ignore[attr-defined]
+    return context
 
 
 def is_composite(func: OpOverload) -> bool:

@@ -33,10 +33,11 @@ from .cost_model.hardware import Hardware
 from .errors import ConfigError, LiftError, VerifyError, summary
 from .explain import Frame, Report, last_report, record
 from .ir import Decision, Estimate, Match, Rejected, Rule
-from .passes import RULES
+from .passes import RULES, loops, rearrange
+from .passes.loops import Loops
 from .passes.normalize import normalize
 from .pattern import GraphView
-from .rewrite import Attempt, attempt_again, attempt_all, is_stale, replace
+from .rewrite import Attempt, attempt_again, attempt_all, is_stale, replace, unmatched
 from .runtime import warn_once
 
 log = logging.getLogger(__name__)
@@ -85,6 +86,7 @@ class Pipeline:
         self.barriers: tuple[tuple[str, str], ...] = ()
         self.mutating: frozenset[Node] = frozenset()
         self.profile: Hardware | None = None
+        self.dared_too_much = False
         self.name = "graph"
 
     def run(self, module: GraphModule, example_inputs: Sequence[Any]) -> Result:
@@ -93,15 +95,24 @@ class Pipeline:
         self.example_inputs = tuple(example_inputs)
         try:
             self.profile = self.hardware(example_inputs)
-            lifted = self.lift(module, example_inputs)
-            self.normalize(lifted)
-            rewritten = self.rewrite(lifted, self.profile)
+            lifted, rewritten = self.through_the_rooms(module, example_inputs, dare=True)
+            if self.dared_too_much:
+                self.settled.clear()
+                self.stages.clear()
+                lifted, rewritten = self.through_the_rooms(module, example_inputs, dare=False)
         except Exception as error:
             why = str(error) if isinstance(error, LiftError) else summary(error)
             log.debug("%s is left as it came", self.name, exc_info=True)
             return Result(module=None, frame=self.frame("fallback", why), error=error)
         frame = self.frame("compiled" if rewritten else "unchanged")
         return Result(module=lifted if rewritten else None, frame=frame, failures=tuple(self.failures))
+
+    def through_the_rooms(self, module: GraphModule, example_inputs: Sequence[Any], *, dare: bool) -> tuple[GraphModule, bool]:
+        """The graph that came out, and whether anything in it was replaced. `dare` is that of `passes.loops.bring`."""
+        assert self.profile is not None
+        lifted = self.lift(module, example_inputs)
+        self.normalize(lifted)
+        return lifted, self.recognise(lifted, self.profile, dare=dare)
 
     @property
     def decisions(self) -> tuple[Decision, ...]:
@@ -162,9 +173,66 @@ class Pipeline:
                 inner.recompile()
         self.keep("normalize", module)
 
-    def rewrite(self, module: GraphModule, hardware: Hardware) -> bool:
+    def recognise(self, module: GraphModule, hardware: Hardware, *, dare: bool = True) -> bool:
         """Recognise, decide, replace; whether anything was replaced."""
         rules = [rule for rule in RULES if self.config.enabled(rule.name)]
+        early = self.rewrite(module, hardware, [rule for rule in rules if rule.early], None)
+        brought = self.bring_loops(module, dare=dare)
+        late = self.rewrite(module, hardware, [rule for rule in rules if not rule.early], brought)
+        self.forget_refusals_of_what_was_rewritten()
+        return early or late or any(found.rolled for found in brought)
+
+    def forget_refusals_of_what_was_rewritten(self) -> None:
+        """A refusal of an early rule is no decision where a later one rewrote a site of the same family and module."""
+        rewritten = {(x.attempt.family, x.attempt.module) for x in self.settled if _is_rewritten(x)}
+        early = {rule.name for rule in RULES if rule.early}
+        self.settled = [
+            dataclasses.replace(x, decision=None)
+            if x.attempt.rule in early and not x.attempt.matched and (x.attempt.family, x.attempt.module) in rewritten
+            else x
+            for x in self.settled
+        ]
+
+    def bring_loops(self, module: GraphModule, *, dare: bool = True) -> list[Loops]:
+        """Loops, scans and closed forms in the spelling of `passes.recurrence`; each can be taken back."""
+        if not (self.config.enabled("loops") and self.config.enabled("recurrence")):
+            return []
+        with self.timed("loops"):
+            brought = [loops.bring(inner, lambda inner=inner: self.view(inner), dare=dare) for inner in graph_modules(module)]  # type: ignore[misc]
+        for found in brought:
+            for rejected in found.refused:
+                log.debug("%s: a loop stays as it is: %s", self.name, rejected.why)
+                attempt = unmatched(rejected, "recurrence")
+                self.settled.append(Settled(attempt=attempt, decision=refusal(attempt, rejected)))
+        if any(found.substitutions or found.rolled for found in brought):
+            module.recompile()
+        self.keep("loops", module)
+        return brought
+
+    def settle_loops(self, module: GraphModule, brought: list[Loops], outcomes: dict[int, Settled]) -> None:
+        """Give back the loops of which a part could not be rewritten; decisions about their other parts are void."""
+        returned = []
+        with self.timed("rewrite"):
+            for found in brought:
+                back = loops.settle(found.substitutions)
+                self.dared_too_much = self.dared_too_much or (found.daring and bool(back))
+                returned += back
+        names = {scan.name: x for x in returned for scan in x.scans}
+        for position, settled in outcomes.items():
+            part = names.get(settled.attempt.anchor)
+            if part is not None and _is_rewritten(settled):
+                assert settled.decision is not None
+                why = f"another state of the same {part.what} cannot be rewritten"
+                outcomes[position] = dataclasses.replace(settled, decision=_undone(settled.decision, why, "loop"))
+        alive = set()
+        for inner in graph_modules(module):
+            alive |= {node.name for node in inner.graph.nodes}
+            inner.graph.lint()
+            inner.recompile()
+        self.barriers = tuple(barrier for barrier in self.barriers if barrier[0] in alive)
+
+    def rewrite(self, module: GraphModule, hardware: Hardware, rules: Sequence[Rule], brought: list[Loops] | None) -> bool:
+        """Recognise, decide, replace, with loops brought to one spelling; whether anything was replaced."""
         found: list[tuple[GraphModule, Attempt]] = []
         for inner in graph_modules(module):
             with self.timed("match"):
@@ -181,8 +249,21 @@ class Pipeline:
                 inner.graph.lint()
                 inner.recompile()
             self.keep(rule.name, module)
+        if brought is not None:
+            self.tidy(module, brought, found, outcomes)
         self.settled += [outcomes[position] for position in sorted(outcomes)]
         return any(_is_rewritten(settled) for settled in outcomes.values())
+
+    def tidy(
+        self, module: GraphModule, brought: list[Loops], found: list[tuple[GraphModule, Attempt]], outcomes: dict[int, Settled]
+    ) -> None:
+        """Take back what was done for the sake of sites that were not rewritten."""
+        for inner in graph_modules(module):
+            names = {x.attempt.anchor for k, x in outcomes.items() if found[k][0] is inner and _is_rewritten(x)}
+            for line in rearrange.take_back(inner, names):
+                log.debug("%s: %s", self.name, line)
+                inner.recompile()
+        self.settle_loops(module, brought, outcomes)
 
     def view(self, module: GraphModule) -> GraphView:
         """What the recognisers read of a graph."""
@@ -266,7 +347,7 @@ def refusal(attempt: Attempt, rejected: Rejected) -> Decision:
 def decide(attempt: Attempt, match: Match, hardware: Hardware) -> tuple[Decision, Callable[..., Any] | None]:
     """Choose among the implementations of a match."""
     found = choices.implementations(match, hardware)
-    dtype = match.inputs["q"].dtype if "q" in match.inputs else next(iter(match.inputs.values())).dtype
+    dtype = next(iter(match.inputs.values())).dtype
     best, estimates = select.choose([x.candidate for x in found], hardware, dtype)
     chosen = next(x for x in found if x.candidate is best)
     why = _why(best.name, estimates, hardware) if len(found) > 1 else f"no fused implementation on {hardware.name} expresses it"

@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 
 from . import _dynamo, standalone, trace
 from .backend import Pipeline, Settled, copied, graph_modules
-from .codegen import attention
+from .codegen.sources import kernel_source
 from .config import Config
 from .errors import CaptureError, ConfigError, LiftError
 from .explain import Frame, Report
@@ -134,7 +134,9 @@ def run_pass(name: str, graph: GraphModule, *, hardware: str | None = None) -> t
     log: list[Entry] = []
     if name == "normalize" or "normalize" not in result.meta.get(_STAGES, ()):
         log += _normalized(result)
-    if name != "normalize":
+    if name == "loops":
+        log += _brought(result)
+    elif name != "normalize":
         log += _recognised(name, result, hardware)
     result.meta[_STAGES] = (*result.meta.get(_STAGES, ("lift",)), *{"normalize": None, name: None})
     return result, tuple(log)
@@ -150,10 +152,22 @@ def _normalized(graph: GraphModule) -> list[Entry]:
     return log
 
 
+def _brought(graph: GraphModule) -> list[Entry]:
+    """Loops, scans and closed forms, in the spelling that the recurrences are recognised in."""
+    pipeline = Pipeline(Config.resolve(None, {}))
+    brought = pipeline.bring_loops(graph)
+    log = [
+        Entry(name="loops", anchor=x.anchor.name, outcome="applied", why=f"a {x.what} as linear_scan")
+        for found in brought
+        for x in found.substitutions
+    ]
+    return log + [entry_of(settled) for settled in pipeline.settled]
+
+
 def _recognised(name: str, graph: GraphModule, hardware: str | None) -> list[Entry]:
-    options = {"passes": {other: other == name for other in PASSES}}
+    options = {"passes": {other: other in (name, "loops") for other in PASSES}}
     pipeline = Pipeline(Config.resolve(None, {**options, **({"hardware": hardware} if hardware else {})}))
-    pipeline.rewrite(graph, pipeline.hardware([node.meta.get("val") for node in graph.graph.nodes]))
+    pipeline.recognise(graph, pipeline.hardware([node.meta.get("val") for node in graph.graph.nodes]))
     return [entry_of(settled) for settled in pipeline.settled]
 
 
@@ -232,13 +246,6 @@ def _write_kernels(folder: Path, pipeline: Pipeline) -> dict[int, str]:
         folder.mkdir(exist_ok=True)
         (folder / names[position]).write_text(source, encoding="utf-8")
     return names
-
-
-def kernel_source(match: Match, arch: str) -> str:
-    """The text of the kernel file that carries out a match on an architecture."""
-    q, v = match.inputs["q"], match.inputs["v"]
-    problem = attention.Problem(d_qk=int(q.shape[3]), d_v=int(v.shape[3]), dtype=q.dtype, arch=arch)
-    return attention.source(match.spec, problem)
 
 
 __all__ = ["Entry", "capture", "capture_all", "dump", "example_inputs", "run_pass"]

@@ -93,6 +93,9 @@ class _Intervals:
         if isinstance(term, sympy.Pow) and term.exp.is_Integer and term.exp.is_positive and term.exp.is_even:
             lo, hi = _absolute(self.of(term.base))
             return (lo**term.exp if lo is not None else None, hi**term.exp if hi is not None else None)
+        if isinstance(term, sympy.Pow) and term.base.is_number and term.base > 1:
+            lo, hi = self.of(term.exp)  # growing
+            return (sympy.S.Zero if lo is None else term.base**lo, None if hi is None else term.base**hi)
         return self.function(term)
 
     def floor_div(self, term: Term) -> Interval:

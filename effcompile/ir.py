@@ -6,7 +6,7 @@ its `Candidate`s into a `Decision`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
@@ -33,20 +33,37 @@ class Match:
 
     `inputs` are the operation's tensor operands by role; `captures` the further tensors that its expressions load from, by name;
     `sizes` the symbolic integers they mention, by name. `interior` are the nodes that vanish with the rewrite;
-    `layout` the index of each of `output`'s dimensions, in the operation's own index symbols; `trains`
-    says whether a gradient will be asked for.
+    `layout` the index of each of `output`'s dimensions, in the operation's own index symbols; `further` the nodes that equal
+    another result of the operation, with its name and their layout; `trains` says whether a gradient will be asked for; `leaving`
+    what the subgraph costs if it is left as it is, where the candidates cannot tell from the operation alone.
     """
 
     family: str
     anchor: Node
     output: Node
     spec: Any
-    inputs: Mapping[str, Operand]
+    inputs: Mapping[str, Operand | Computed]
     captures: Mapping[str, Node] = field(default_factory=lambda: MappingProxyType({}))
     sizes: Mapping[str, Node | int] = field(default_factory=lambda: MappingProxyType({}))
     interior: frozenset[Node] = frozenset()
     layout: tuple[Any, ...] = ()
+    further: Mapping[Node, Result] = field(default_factory=lambda: MappingProxyType({}))
     trains: bool = False
+    leaving: Work | None = None
+
+    @property
+    def bases(self) -> frozenset[Node]:
+        """The nodes that the operation will be computed from."""
+        sizes = (size for size in self.sizes.values() if isinstance(size, Node))
+        return frozenset((*(base for x in self.inputs.values() for base in x.bases), *self.captures.values(), *sizes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """A further result of an operation: its name, and the index of each dimension of the node that equals it."""
+
+    name: str
+    layout: tuple[Any, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,16 +79,40 @@ class Operand:
     shape: tuple[Any, ...]
     dtype: Any
 
+    @property
+    def bases(self) -> tuple[Node, ...]:
+        return (self.base,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Computed:
+    """A tensor operand that further nodes compute: `compute(builder, nodes)` of `parts`."""
+
+    parts: tuple[Operand, ...]
+    compute: Callable[[Any, Sequence[Node]], Node]
+    shape: tuple[Any, ...]
+    dtype: Any
+
+    @property
+    def bases(self) -> tuple[Node, ...]:
+        return tuple(part.base for part in self.parts)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """One recogniser. `anchors` are the overloads at which it is tried; `recognise(anchor, view)` matches or says why not."""
+    """One recogniser. `anchors` are the overloads at which it is tried; `recognise(anchor, view)` matches or says why not.
+
+    `early` rules are tried before loops are brought to one spelling. `quiet` ones have common operations as anchors: where
+    nothing of their family begins, that is not recorded.
+    """
 
     name: str
     family: str
     summary: str
     anchors: frozenset[Any]
     recognise: Callable[[Node, Any], Match | Rejected]
+    early: bool = False
+    quiet: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -110,7 +110,7 @@ def trace(
             found.append(Traced(node=node, index=index, factor=factor, group=group, axes=axes, roles=roles))
         if stop(node):
             return found
-        step = _step(node, index, ranges)
+        step = one_step(node, index, ranges)
         if step is None:
             return found
         node, index = step[0], step[1]
@@ -123,8 +123,8 @@ def regrouped(traced: Traced, group: int) -> Traced:
     return replace(traced, group=group, copies=own // group)
 
 
-def _step(node: Node, index: Index, ranges: Ranges) -> tuple[Node, Index, Term] | None:
-    """One step back: the input, the index into it, and the constant factor between."""
+def one_step(node: Node, index: Index, ranges: Ranges) -> tuple[Node, Index, Term] | None:
+    """One step back through a view, a cast or a constant factor: the input, the index into it, and the factor."""
     viewed = view_source(node, index, ranges)
     if viewed is not None:
         return (*viewed, sympy.S.One)
@@ -259,7 +259,7 @@ def as_operand(traced: Traced, dtype: torch.dtype, concrete: Callable[[Term], An
     if digits:
         extents[_HEAD] = sympy.Mul(*(axis.count for axis in digits))
     if traced.copies > 1:
-        views += _copied_out(traced.copies)
+        views += _copied_out(traced.copies, len(extents))
         extents[_HEAD] = extents[_HEAD] * traced.copies
     return Operand(base=traced.node, views=tuple(views), shape=tuple(extents), dtype=dtype)
 
@@ -274,10 +274,10 @@ def _slices(traced: Traced, concrete: Callable[[Term], Any]) -> list[View]:
     return found
 
 
-def _copied_out(copies: int) -> list[View]:
-    """Each head `copies` times: [b, h, t, d] -> [b, h * copies, t, d]."""
+def _copied_out(copies: int, rank: int) -> list[View]:
+    """Each head `copies` times: [b, h, ...] -> [b, h * copies, ...]."""
     return [
         (aten.unsqueeze.default, (_HEAD + 1,)),
-        (aten.expand.default, ([-1, -1, copies, -1, -1],)),
+        (aten.expand.default, ([copies if dim == _HEAD + 1 else -1 for dim in range(rank + 1)],)),
         (aten.flatten.using_ints, (_HEAD, _HEAD + 1)),
     ]

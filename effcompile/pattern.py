@@ -85,9 +85,9 @@ class GraphView:
         assert isinstance(module, GraphModule)
         return lift(module).graph_module.graph
 
-    def dead_without(self, output: Node) -> set[Node]:
-        """The nodes that only `output` needs, itself and those that nothing needs included."""
-        dead = {output}
+    def dead_without(self, *outputs: Node) -> set[Node]:
+        """The nodes that only `outputs` need, themselves and those that nothing needs included."""
+        dead = set(outputs)
         for node in reversed(self.graph.nodes):
             if node.op != "placeholder" and is_pure(node) and all(user in dead for user in node.users):
                 dead.add(node)

@@ -17,16 +17,18 @@ from torch.fx import Graph, Node
 
 from .builder import Builder
 from .errors import VerifyError, summary
-from .ir import Match, Operand, Rejected, Rule
+from .ir import Computed, Match, Operand, Rejected, Rule
 from .pattern import GraphView, describe, module_path, source_line
-from .terms import integer_symbol
+from .terms import FloorDiv, Modulo, integer_symbol
 from .viewmaps import shape_of, size_term
 
 aten = torch.ops.aten
 
-Lower = Callable[..., Node]
+Lower = Callable[..., "Node | Mapping[str, Node]"]
+LAYOUTS = {"attention": ("bhtd", "bthd"), "recurrence": ("tbhd", "bhtd", "bthd")}
+"""The memory orders in which a family's operation can be asked to write its result."""
 _COPIES = (aten.clone.default, aten.contiguous.default)
-_I, _D = integer_symbol("i"), integer_symbol("d")
+_B, _H, _I, _C, _D = (integer_symbol(name) for name in ("b", "h", "i", "c", "d"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +74,9 @@ def attempt_all(view: GraphView, rules: Iterable[Rule]) -> list[Attempt]:
     attempts = []
     for node in view.graph.nodes:
         for rule in by_anchor.get(node.target, ()) if node.op == "call_function" else ():
-            attempts.append(_attempt(rule, node, view))
+            attempt = _attempt(rule, node, view)
+            if not (rule.quiet and isinstance(attempt.result, Rejected) and attempt.result.step == "anchor"):
+                attempts.append(attempt)
     return attempts
 
 
@@ -82,15 +86,21 @@ def attempt_again(attempt: Attempt, rules: Iterable[Rule], view: GraphView) -> A
     anchor = next((node for node in view.graph.nodes if node.name == attempt.anchor), None)
     if anchor is None:
         why = "it vanished with the rewrite of another site"
-        return dataclasses.replace(attempt, result=Rejected(step="uses", why=why))
+        return dataclasses.replace(attempt, result=Rejected(step="anchor", why=why))
     return _attempt(rule, anchor, view)
+
+
+def unmatched(rejected: Rejected, family: str) -> Attempt:
+    """The attempt that a rejection outside of the rules amounts to."""
+    node = rejected.node
+    assert node is not None
+    where, module = source_line(node), module_path(node)
+    return Attempt(rule=family, family=family, anchor=node.name, where=where, module=module, result=rejected, seconds=0.0)
 
 
 def is_stale(match: Match, graph: Graph) -> bool:
     """Whether a rewrite since took away a node that a match stands on."""
-    needed = {match.output, *(x.base for x in match.inputs.values()), *match.captures.values()}
-    needed |= {size for size in match.sizes.values() if isinstance(size, Node)}
-    return not needed <= set(graph.nodes)
+    return not {match.output, *match.further, *match.bases} <= set(graph.nodes)
 
 
 def _attempt(rule: Rule, node: Node, view: GraphView) -> Attempt:
@@ -120,7 +130,7 @@ def replace(match: Match, lower: Lower) -> Node:
 
     Args:
         lower: `lower(builder, operands, captures, sizes, match, layout)` adds the operation and returns its result
-            [b, h, i, d]; `layout` names its memory order.
+            [b, h, i, d], or its results by name, that one as "out"; `layout` names its memory order.
 
     Returns:
         The node that has taken over the uses of `match.output`.
@@ -131,30 +141,44 @@ def replace(match: Match, lower: Lower) -> Node:
     Whatever is raised, by `lower` too, the graph is as it was.
     """
     graph = match.output.graph
-    builder = Builder(graph, match.output)
+    builder = Builder(graph, _place(match))
     copied = _copy_after(match)
     try:
         operands = {name: _materialise(builder, operand) for name, operand in match.inputs.items()}
         common = len(builder.added)
-        for layout in ("bthd",) if copied is not None else ("bhtd", "bthd"):
-            result = lower(builder, operands, match.captures, match.sizes, match, layout)
-            result = _in_layout(builder, result, match)
+        layouts = ("bthd",) if copied is not None else LAYOUTS[match.family]
+        for layout in layouts:
+            lowered = lower(builder, operands, match.captures, match.sizes, match, layout)
+            results = {"out": lowered} if isinstance(lowered, Node) else lowered
+            result = _in_layout(builder, results["out"], match.output, match.layout)
             if copied is not None or _same_strides(result, match.output):
                 break
-            if layout == "bhtd":
+            if layout != layouts[-1]:
                 _drop_since(builder, common)
         if copied is None and not _same_strides(result, match.output):
             result = _with_strides_of(builder, result, match.output)
         _verify(result, match.output)
+        further = {node: _further(builder, results[x.name], node, x.layout) for node, x in match.further.items()}
         swapped = None if copied is None else _contiguous_swap(builder, result)
     except Exception:
         builder.undo()
         raise
     match.output.replace_all_uses_with(result)  # from here on nothing can fail
+    for node, substitute in further.items():
+        node.replace_all_uses_with(substitute)
     if copied is not None and swapped is not None:
         _forget_copy(swapped, *copied)
     _erase_dead(match)
     return result
+
+
+def _place(match: Match) -> Node:
+    """Where the operation goes: before its first result and all that needs another, behind all that it is computed from."""
+    place = min((match.output, *(user for node in match.further for user in node.users)))
+    for node in match.bases:
+        if not node < place:
+            raise VerifyError(f"Expected {node.name} before {place.name}, a result of the operation that is computed from it")
+    return place
 
 
 def _drop_since(builder: Builder, count: int) -> None:
@@ -163,37 +187,71 @@ def _drop_since(builder: Builder, count: int) -> None:
     del builder.added[count:]
 
 
-def _materialise(builder: Builder, operand: Operand) -> Node:
-    node = operand.base
-    for target, arguments in operand.views:
-        node = builder.call(target, node, *arguments)
+def _materialise(builder: Builder, operand: Operand | Computed) -> Node:
+    if isinstance(operand, Computed):
+        node = operand.compute(builder, [_materialise(builder, part) for part in operand.parts])
+    else:
+        node = operand.base
+        for target, arguments in operand.views:
+            node = builder.call(target, node, *arguments)
     if node.meta["val"].dtype != operand.dtype:
         node = builder.call(aten._to_copy.default, node, dtype=operand.dtype)
     return node
 
 
-def _in_layout(builder: Builder, result: Node, match: Match) -> Node:
-    """[b, h, i, d] as the output's own dimensions: batch dimensions split or merged, then permuted."""
-    target = match.output.meta["val"]
-    batch = [k for k, term in enumerate(match.layout) if term not in (_I, _D)]
+def _further(builder: Builder, result: Node, original: Node, layout: tuple[Any, ...]) -> Node:
+    """A further result as its own dimensions, in the original's dtype and memory order."""
+    if len(result.meta["val"].shape) == 3:  # [b, h, i]
+        result = builder.call(aten.unsqueeze.default, result, 3)
+    result = _in_layout(builder, result, original, layout)
+    if not _same_strides(result, original):
+        result = _with_strides_of(builder, result, original)
+    _verify(result, original)
+    return result
+
+
+def _in_layout(builder: Builder, result: Node, original: Node, layout: tuple[Any, ...]) -> Node:
+    """[b, h, i, d], or [b, h, c, d], as the original's own dimensions: batch dimensions split or merged, then permuted."""
+    target = original.meta["val"]
+    row = _I if _I in layout else _C
+    for dim, symbol in ((3, _D), (2, row)):
+        if symbol not in layout:
+            result = builder.call(aten.select.int, result, dim, 0)
+    batch = sorted((k for k, term in enumerate(layout) if term not in (row, _D)), key=lambda k: _significance(layout[k]))
     if len(batch) == 0:
         result = builder.call(aten.select.int, builder.call(aten.select.int, result, 0, 0), 0, 0)
     elif len(batch) == 1 and result.meta["val"].shape[1] == 1:
         result = builder.call(aten.select.int, result, 1, 0)
-    elif len(batch) != 2:
-        sizes = [target.shape[k] for k in batch]
-        if sum(not isinstance(n, int) for n in sizes) > 1:
-            raise VerifyError("Expected at most one symbolic batch dimension in the output but got several")
-        merged = builder.call(aten.flatten.using_ints, result, 0, 1)
-        lengths = [n if isinstance(n, int) else -1 for n in sizes]
-        result = builder.call(aten.unflatten.int, merged, 0, lengths) if len(sizes) > 1 else merged
-    dims = [*batch, match.layout.index(_I), match.layout.index(_D)]
+    elif tuple(layout[k] for k in batch) != (_B, _H):
+        result = _unfolded(builder, result, [target.shape[k] for k in batch])
+    dims = [*batch, *(layout.index(symbol) for symbol in (row, _D) if symbol in layout)]
     order = [dims.index(k) for k in range(len(dims))]
     if order != sorted(order):
         result = builder.call(aten.permute.default, result, order)
     if result.meta["val"].dtype != target.dtype:
         result = builder.call(aten._to_copy.default, result, dtype=target.dtype)
     return result
+
+
+def _significance(term: Any) -> tuple[int, int]:
+    """Where a batch dimension stands among those that b and h, in this order, come apart into."""
+    if term == _B or term == 0:
+        return (0, 0)
+    if isinstance(term, Modulo):
+        return _significance(term.args[0])
+    if isinstance(term, FloorDiv):
+        rank, stride = _significance(term.args[0])
+        return (rank, stride - int(term.args[1]))
+    return (1, 0)
+
+
+def _unfolded(builder: Builder, result: Node, sizes: list[Any]) -> Node:
+    """[b, h, ...] with b times h as dimensions of these sizes."""
+    if sum(not isinstance(n, int) for n in sizes) > 1:
+        raise VerifyError("Expected at most one symbolic batch dimension in the output but got several")
+    merged = builder.call(aten.flatten.using_ints, result, 0, 1)
+    lengths = [n if isinstance(n, int) else -1 for n in sizes]
+    return builder.call(aten.unflatten.int, merged, 0, lengths) if len(sizes) > 1 else merged
 
 
 def _same_strides(a: Node, b: Node) -> bool:
@@ -260,7 +318,7 @@ def _forget_copy(swapped: Node, swap: Node, copy: Node) -> None:
 
 def _erase_dead(match: Match) -> None:
     for node in reversed(match.output.graph.nodes):
-        if (node in match.interior or node is match.output) and not node.users:
+        if (node in match.interior or node is match.output or node in match.further) and not node.users:
             node.graph.erase_node(node)
 
 

@@ -5,13 +5,19 @@ if __name__ != "effcompile.passes":
 
 from effcompile.ir import Rule
 
+from . import loops as loops
 from . import normalize as normalize
 from .attention import ATTENTION
+from .chunked import CHUNKED
 from .flex import FLEX_ATTENTION
+from .parallel import PARALLEL
+from .recurrence import RECURRENCE
 from .sdpa import SCALED_DOT_PRODUCT
 
-RULES: tuple[Rule, ...] = (ATTENTION, SCALED_DOT_PRODUCT, FLEX_ATTENTION)
+RULES: tuple[Rule, ...] = (ATTENTION, SCALED_DOT_PRODUCT, FLEX_ATTENTION, CHUNKED, RECURRENCE, PARALLEL)
 """The recognisers. A new architecture adds its rule here."""
 
-PASSES: tuple[str, ...] = ("normalize", *(rule.name for rule in RULES))
+_EARLY, _LATE = (tuple(rule.name for rule in RULES if rule.early is early) for early in (True, False))
+
+PASSES: tuple[str, ...] = ("normalize", *_EARLY, "loops", *_LATE)
 """Names of the passes, in the order in which they run; each is a module of this package."""

@@ -17,10 +17,10 @@ from torch.fx import Node
 from effcompile.contraction import BIASED, Contraction, Dot, contraction_of
 from effcompile.errors import ExpressionError
 from effcompile.expr import Interpreter, names_of
-from effcompile.ir import Match, Rejected, Rule
+from effcompile.ir import Match, Rejected, Result, Rule
 from effcompile.masks import drop_shift, split
 from effcompile.operands import Traced
-from effcompile.pattern import GraphView, contractions_after, describe, is_passage
+from effcompile.pattern import CASTS, GraphView, contractions_after, describe, is_passage
 from effcompile.ranges import Ranges
 from effcompile.terms import FloorDiv, Load, Modulo, Term
 from effcompile.viewmaps import VIEWS, Index, shape_of
@@ -92,7 +92,9 @@ def parts_in(anchor: Node, view: GraphView, values: Contraction, side: int, at: 
     beside = _further_logit(anchor, weights.index, at)
     sink = None if beside is None else interpreter.element(anchor.args[0], beside)
     logit, dot, contraction = _score_contraction(logit, interpreter, at, anchor)
+    given = logit
     logit, sink = drop_shift(logit, J, lambda load: is_maximum(interpreter.loaded[load.tensor]), sink)
+    shifted = logit != given
     q, k = _query_and_key(contraction, dot, at, view, anchor)
     v_index = values.operand_index(1 - side, tuple(at.index[letter] for letter in values.out), J)
     v = candidates(values.operands[1 - side], v_index, at, view, anchor, (B, H, J, D))
@@ -107,12 +109,32 @@ def parts_in(anchor: Node, view: GraphView, values: Contraction, side: int, at: 
         taken = replace(taken, empty="zero")  # all of the row's weight is the sink's
     taken = weights.apply(taken, at.ranges, values.node)
     check_logit(taken, sink, anchor)
+    further = {} if shifted else _log_sums(anchor, weights.index)
     return Parts(
         view=view, anchor=anchor, output=values.node, coordinates=at, logit=taken, sink=sink, q=q_best, k=k_best, v=v_best,
         layout=tuple(at.index[letter] for letter in values.out),
         vanishing=((anchor, "probabilities"), (contraction.node, "scores")),
-        dtype=compute_dtype(contraction.node, values.node, q_best, k_best), loaded=interpreter.loaded,
+        dtype=compute_dtype(contraction.node, values.node, q_best, k_best), loaded=interpreter.loaded, further=further,
+        dropout=weights.dropout, drawing=() if weights.dropped is None else (weights.dropped,),
     )  # fmt: skip
+
+
+def _log_sums(anchor: Node, index: Index) -> dict[Node, Result]:
+    """The log-sum-exps of what the softmax takes, over the same dimension; `index` is that of the softmax."""
+    dim, rank, logits = _softmax_dim(anchor), len(index), anchor.args[0]
+    while isinstance(logits, Node) and logits.target in CASTS:
+        logits = logits.args[0]
+    found, frontier = dict[Node, Result](), [logits]
+    while frontier:
+        for user in frontier.pop().users:  # type: ignore[union-attr]
+            if user.target in CASTS:
+                frontier.append(user)
+            elif user.target is aten.logsumexp.default and [d % rank for d in user.args[1]] == [dim]:  # type: ignore[union-attr]
+                kept = len(user.args) > 2 and user.args[2]
+                layout = tuple(D if k == dim else term for k, term in enumerate(index) if kept or k != dim)
+                if I in layout:
+                    found[user] = Result(name="lse", layout=layout)
+    return found
 
 
 def is_maximum(node: Node) -> bool:
@@ -145,7 +167,6 @@ def _values_contraction(anchor: Node) -> tuple[Contraction, int]:
         raise Stop("probabilities", "the probabilities are contracted with themselves", node)
     if node.target in BIASED and node.kwargs.get("beta", 1) != 0:
         raise Stop("probabilities", "the contraction with the values adds a bias", node)
-    _check_dropout(anchor, operand)
     return contraction, contraction.operands.index(operand)
 
 
@@ -199,14 +220,6 @@ def _has_shape_of(node: Node, other: Node) -> bool:
 def _check_modes(anchor: Node, values: Node, view: GraphView) -> None:
     if view.regions.get(anchor) != view.regions.get(values):
         raise Stop("modes", "grad mode or autocast changes between the softmax and the contraction with the values", values)
-
-
-def _check_dropout(anchor: Node, operand: Node) -> None:
-    node = operand
-    while node is not anchor and is_passage(node):
-        if node.target is aten.dropout.default and node.args[1] != 0 and node.args[2]:
-            raise Stop("dropout", f"dropout p={node.args[1]} is active on the probabilities", node)
-        node = node.args[0]  # type: ignore[assignment]
 
 
 def _coordinates(values: Contraction, side: int, anchor: Node, heads: Term | None) -> Coordinates:

@@ -17,7 +17,7 @@ from torch.fx import Node
 from effcompile.elementwise import as_condition
 from effcompile.errors import ExpressionError, LiftError
 from effcompile.expr import Interpreter
-from effcompile.ir import Match, Rejected, Rule
+from effcompile.ir import Match, Rejected, Result, Rule
 from effcompile.masks import split
 from effcompile.pattern import GraphView
 from effcompile.ranges import Ranges
@@ -43,7 +43,7 @@ def recognise(anchor: Node, view: GraphView) -> Match | Rejected:
 
 def _parts(anchor: Node, view: GraphView) -> Parts:
     q, k, v, score_mod, block_mask, scale, _options, score_buffers, mask_buffers = anchor.args
-    output = _output(anchor)
+    output, lse = _results(anchor)
     if not _covers_everything(block_mask):
         raise Stop("mask", "its block mask leaves out blocks by lists that the graph cannot prove equal to mask_mod", anchor)
     at = matrix_coordinates(output, k)
@@ -66,6 +66,7 @@ def _parts(anchor: Node, view: GraphView) -> Parts:
     return Parts(
         view=view, anchor=anchor, output=output, coordinates=at, logit=taken, sink=None, q=best[0], k=best[1], v=best[2],
         layout=index, vanishing=(), dtype=compute_dtype(output, output, best[0], best[1]), loaded=loaded,
+        further={} if lse is None else {lse: Result(name="lse in log2", layout=index[:-1])},
     )  # fmt: skip
 
 
@@ -73,12 +74,14 @@ def _positions(extents: dict[str, Term]) -> list[Term]:
     return [sympy.S.Zero if extents[name] == 1 else symbol for name, symbol in (("b", B), ("h", H))] + [I, J]
 
 
-def _output(anchor: Node) -> Node:
-    """The attention's result; its log-sum-exp must not be used."""
-    results = {user.args[1]: user for user in anchor.users}
-    if set(results) != {0}:
-        raise Stop("uses", "its log-sum-exp is used too", anchor)
-    return results[0]
+def _results(anchor: Node) -> tuple[Node, Node | None]:
+    """The attention's result, and its log-sum-exp in units of log2 if that is used."""
+    results = {user.args[1]: user for user in anchor.users if user.users}
+    if 2 in results:
+        raise Stop("uses", "its largest scores are used too", anchor)
+    if 0 not in results:
+        raise Stop("uses", "its log-sum-exp alone is used", anchor)
+    return results[0], results.get(1)
 
 
 def _covers_everything(block_mask: Any) -> bool:

@@ -5,20 +5,21 @@
 exp(x) / (sum(exp(x)) + r)              ->  softmax(cat([x, log(r)]))[..., :-1]
 softmax((q @ k) * t) with t to learn    ->  softmax((q * t) @ k)                  for t without the key
 
-Without an attention in place of the softmax the left side may be the cheaper one.
+Without an attention in place of the softmax the left side may be the cheaper one: `take_back` restores it where none was put there.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 
-from effcompile.builder import Builder, erase_with_inputs, is_tensor_node
+from effcompile.builder import Builder, erase_with_inputs, is_pure, is_tensor_node
 from effcompile.contraction import BIASED, Contraction, contraction_of
 from effcompile.ir import Match
 from effcompile.pattern import CASTS, GraphView, is_passage
@@ -31,6 +32,7 @@ aten = torch.ops.aten
 
 _SUMS = (aten.add.Tensor, aten.sub.Tensor)
 _SCALINGS = (aten.mul.Tensor, aten.div.Tensor)
+_KEPT = "rearranged"  # in a module's meta: the changes that were kept
 _FAR = 12  # operations between a learned factor and its softmax
 
 
@@ -61,11 +63,58 @@ def rearrange(module: GraphModule, *, strict: bool = False) -> list[str]:
     for change in changes:
         if all(isinstance(recognise(site, after), Match) for site in change.sites):
             log.append(f"{change.name} at {change.old.name}")
+            calls = _recorded(change.old)
+            if all(call.node.op == "call_function" for call in calls):
+                module.meta.setdefault(_KEPT, []).append((change, calls))
             erase_with_inputs(change.old)
         else:
             change.new.replace_all_uses_with(change.old)
             change.builder.undo()
     return log
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A node that was erased, and what it called."""
+
+    node: Node
+    target: Any
+    args: Any
+    kwargs: Any
+
+
+def _recorded(node: Node) -> list[_Call]:
+    """The calls that vanish with a node, in graph order: its own, and those that nothing else needs."""
+    vanishing, found = {node}, []
+    for current in reversed(list(node.graph.nodes)):
+        if current is node or (current.users and is_pure(current) and all(user in vanishing for user in current.users)):
+            vanishing.add(current)
+            found.append(_Call(current, current.target, current.args, current.kwargs))
+    return found[::-1]
+
+
+def take_back(module: GraphModule, replaced: Container[str]) -> list[str]:
+    """Undo every change of which no softmax was replaced, by name; returns a line for each."""
+    log = []
+    for change, calls in module.meta.pop(_KEPT, []):
+        known = {call.node for call in calls}
+        needed = [x for call in calls for x in _nodes((call.args, call.kwargs)) if x not in known]
+        if any(site.name in replaced for site in change.sites) or any(x._erased for x in (*needed, change.new)):
+            continue
+        builder, made = Builder(module.graph, change.new), dict[Node, Node]()
+        for call in calls:
+            args, kwargs = map_arg((call.args, call.kwargs), lambda x, made=made: made.get(x, x))  # type: ignore[misc]
+            made[call.node] = builder.call(call.target, *args, **kwargs)
+        change.new.replace_all_uses_with(made[change.old])
+        erase_with_inputs(change.new)
+        log.append(f"{change.name} at {change.old.name} taken back")
+    return log
+
+
+def _nodes(arguments: Any) -> list[Node]:
+    found: list[Node] = []
+    map_arg(arguments, found.append)
+    return found
 
 
 def _proposed(node: Node, view: GraphView) -> Change | None:
@@ -266,9 +315,12 @@ def _logarithm(builder: Builder, further: Any, total: Node) -> Node:
 
 
 def _learned_temperature(node: Node, view: GraphView) -> Change | None:
-    """Scores times a factor that learns, as the queries times it: its gradient is then none of the attention's."""
+    """Scores times a factor that learns, as the queries times it: its gradient is then none of the attention's.
+
+    One number for all stays: as a factor of the queries its gradient would be a single sum over all of their elements.
+    """
     for scores, factor in (node.args[:2], node.args[1::-1]):
-        if not (is_tensor_node(scores) and is_tensor_node(factor)):
+        if not (is_tensor_node(scores) and is_tensor_node(factor)) or all(n == 1 for n in shape_of(factor)):  # type: ignore[arg-type]
             continue
         contraction, scales = _scaled_contraction(scores)  # type: ignore[arg-type]
         sites = () if contraction is None else _softmaxes_after(node)

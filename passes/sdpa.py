@@ -57,8 +57,6 @@ def recognise(anchor: Node, view: GraphView) -> Match | Rejected:
 def _parts(anchor: Node, view: GraphView) -> Parts:
     call = _arguments(anchor)
     q, k, v = (call[name] for name in ("query", "key", "value"))
-    if call["dropout_p"] != 0:
-        raise Stop("dropout", f"dropout p={call['dropout_p']} is active", anchor)
     at = matrix_coordinates(anchor, k)
     if call["enable_gqa"] and anchor.meta["val"].dim() != 4:
         raise Stop("operands", f"heads in groups are read in four dimensions, not in {anchor.meta['val'].dim()}", anchor)
@@ -88,6 +86,7 @@ def _parts(anchor: Node, view: GraphView) -> Parts:
     return Parts(
         view=view, anchor=anchor, output=anchor, coordinates=at, logit=taken, sink=None, q=best[0], k=best[1], v=best[2],
         layout=index, vanishing=(), dtype=compute_dtype(anchor, anchor, best[0], best[1]), loaded=interpreter.loaded,
+        dropout=float(call["dropout_p"]),
     )  # fmt: skip
 
 

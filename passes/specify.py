@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-import sympy
 import torch
 from torch.fx import Node
 
 from effcompile.canonical import canonical
 from effcompile.contraction import Dot
 from effcompile.expr import names_of, rename
-from effcompile.ir import Match, Operand, Rejected
+from effcompile.ir import Match, Operand, Rejected, Result
 from effcompile.masks import Logit
 from effcompile.operands import Roles, Traced, as_operand, regrouped, trace
 from effcompile.ops.attention import AttentionSpec
+from effcompile.ops.captured import loads_that_learn
 from effcompile.pattern import GraphView, describe, is_passage
 from effcompile.ranges import Ranges
 from effcompile.terms import Load, Term, integer_symbol, score_symbol, to_text
@@ -52,7 +52,7 @@ class Coordinates:
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What was found of an attention before it becomes a specification."""
+    """What was found of an attention before it becomes a specification. `drawing` are the nodes that carry out its dropout."""
 
     view: GraphView
     anchor: Node
@@ -67,6 +67,9 @@ class Parts:
     vanishing: tuple[tuple[Node, str], ...]
     dtype: torch.dtype
     loaded: Mapping[str, Node]
+    further: Mapping[Node, Result] = field(default_factory=dict)
+    dropout: float = 0.0
+    drawing: tuple[Node, ...] = ()
 
 
 def candidates(
@@ -140,13 +143,15 @@ def check_logit(logit: Logit, sink: Term | None, anchor: Node) -> None:
 
 
 def match_of(parts: Parts) -> Match:
-    """The match, if what was found can be replaced: nothing else needs it, and no gradient is lost."""
+    """The match, if what was found can be replaced: nothing else needs it."""
     view = parts.view
+    _check_further(parts)
+    _check_dropout(parts)
     dead = _check_dead(parts)
     _check_group(parts)
     terms = [parts.logit.score, parts.logit.mask, *([] if parts.sink is None else [parts.sink])]
     captures = _captures(terms, parts)
-    _check_gradients(captures, parts)
+    learned = _learned(terms, captures, parts)
     names = {node.name: name for name, node in captures.items()}
     score, mask, *sink = (canonical(rename(term, names), parts.coordinates.ranges, J) for term in terms)
     sizes = _sizes((score, mask, *sink), parts)
@@ -158,19 +163,20 @@ def match_of(parts: Parts) -> Match:
         )
     spec = AttentionSpec(
         score=to_text(score), mask=to_text(mask), empty=parts.logit.empty, sink=to_text(sink[0]) if sink else None,
-        captures=tuple(captures), sizes=tuple(sizes),
+        captures=(*captures, *(("seed",) if parts.dropout else ())), sizes=tuple(sizes), learned=learned, dropout=parts.dropout,
         precision="ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
     )  # fmt: skip
     return Match(
         family="attention", anchor=parts.anchor, output=parts.output, spec=spec, inputs=_operands(parts),
         captures=captures, sizes=sizes, interior=frozenset(dead),
-        layout=parts.layout, trains=any(view.needs_gradient(x.node, parts.anchor) for x in (parts.q, parts.k, parts.v)),
+        layout=parts.layout, further=parts.further,
+        trains=bool(learned) or any(view.needs_gradient(x.node, parts.anchor) for x in (parts.q, parts.k, parts.v)),
     )  # fmt: skip
 
 
 def _check_dead(parts: Parts) -> set[Node]:
     """Scores and probabilities must vanish, or rewriting would compute them twice."""
-    dead = parts.view.dead_without(parts.output)
+    dead = parts.view.dead_without(parts.output, *parts.further, *parts.drawing)
     for node, what in parts.vanishing:
         if node not in dead:
             user = next(iter(_alive_users(node, dead, parts.anchor)), None)
@@ -178,13 +184,37 @@ def _check_dead(parts: Parts) -> set[Node]:
     return dead
 
 
+def _check_dropout(parts: Parts) -> None:
+    """Dropped weights must serve the attention alone, and be what is left of a softmax."""
+    if not parts.dropout:
+        return
+    if not 0 < parts.dropout < 1:
+        raise Stop("dropout", f"dropout p={parts.dropout} leaves nothing", parts.anchor)
+    if parts.logit.empty == "mean":
+        raise Stop("dropout", f"dropout p={parts.dropout} of rows that may have no key but fills", parts.anchor)
+    dead = parts.view.dead_without(parts.output, *parts.drawing)
+    used = [user for node in parts.drawing for user in node.users if user not in dead]
+    if used:
+        raise Stop("uses", f"the probabilities are also used by {describe(used[0])}", used[0])
+
+
+def _check_further(parts: Parts) -> None:
+    """A log-sum-exp must be that of the attention's own sum, and not be needed before it."""
+    if not parts.further:
+        return
+    order, needed = parts.view.order, _needed([x.node for x in (parts.q, parts.k, parts.v)] + list(parts.loaded.values()))
+    dead = parts.view.dead_without(parts.output, *parts.further)
+    for node in parts.further:
+        if parts.logit.empty == "mean":
+            raise Stop("uses", "the log-sum-exp is used of rows that may have no key but fills", node)
+        early = [x for x in node.users if x in needed or (x not in dead and order[x] < order[parts.output])]
+        if early:
+            raise Stop("uses", f"the log-sum-exp is used by {describe(early[0])} before the values are summed", node)
+
+
 def _alive_users(node: Node, dead: set[Node], anchor: Node) -> list[Node]:
     """What uses `node` beside the attention: directly, through views of it, or through what the attention needs too."""
-    needed, frontier = set(dead), [anchor]
-    while frontier:
-        inputs = [x for x in frontier.pop().all_input_nodes if x not in needed]
-        needed.update(inputs)
-        frontier += inputs
+    needed = dead | _needed([anchor])
     found, seen, frontier = [], {node}, [node]
     while frontier:
         for user in frontier.pop().users:
@@ -195,6 +225,16 @@ def _alive_users(node: Node, dead: set[Node], anchor: Node) -> list[Node]:
                 frontier.append(user)
             else:
                 found.append(user)
+    return found
+
+
+def _needed(nodes: list[Node]) -> set[Node]:
+    """The nodes, and all that they are computed from."""
+    found, frontier = set(nodes), list(nodes)
+    while frontier:
+        inputs = [x for x in frontier.pop().all_input_nodes if x not in found]
+        found.update(inputs)
+        frontier += inputs
     return found
 
 
@@ -218,15 +258,11 @@ def _captures(terms: list[Term], parts: Parts) -> dict[str, Node]:
     return {f"t{position}": parts.loaded[name] for position, name in enumerate(names)}
 
 
-def _check_gradients(captures: dict[str, Node], parts: Parts) -> None:
-    """A captured tensor in the score has no gradient yet; one in the sink has."""
-    for node in captures.values():
-        if parts.view.needs_gradient(node, parts.anchor) and parts.logit.score.has(sympy.Symbol(node.name)):
-            raise Stop("gradient", f"the bias {describe(node)} requires a gradient, which the kernels do not give", node)
-    in_sink = [n for n in captures.values() if parts.sink is not None and parts.sink.has(sympy.Symbol(n.name))]
-    if any(parts.view.needs_gradient(node, parts.anchor) for node in in_sink):
-        if not isinstance(parts.sink, Load) or parts.sink.indices != (H,):
-            raise Stop("gradient", "the gradient of a sink is known for one learned logit a head only", parts.anchor)
+def _learned(terms: list[Term], captures: dict[str, Node], parts: Parts) -> tuple[str, ...]:
+    """The captured tensors that a gradient must be sent to: through the score or the sink, not through conditions."""
+    wanted = {node.name for node in captures.values() if parts.view.needs_gradient(node, parts.anchor)}
+    found = {load.tensor for term in (terms[0], *terms[2:]) for load in loads_that_learn(term, wanted)}
+    return tuple(name for name, node in captures.items() if node.name in found)
 
 
 def _sizes(terms: tuple[Term, ...], parts: Parts) -> dict[str, Node | int]:

@@ -18,12 +18,12 @@ from effcompile.canonical import canonical
 from effcompile.contraction import Contraction
 from effcompile.expr import Interpreter
 from effcompile.masks import Logit
-from effcompile.pattern import GraphView
+from effcompile.pattern import GraphView, is_passage
 from effcompile.ranges import Ranges
 from effcompile.terms import BoolLoad, IsTrue, Load, NanToZero, Term, Where
 from effcompile.viewmaps import Index, broadcast, shape_of
 
-from .specify import Coordinates, J, Stop, short
+from .specify import B, Coordinates, H, I, J, Stop, short
 
 aten = torch.ops.aten
 
@@ -40,6 +40,7 @@ class Weights:
     Attributes:
         multiplied: whether one of `kept` is a factor, which leaves a NaN as it is.
         repaired: whether a NaN counts as 0.
+        dropped: the node that drops some of them.
         interpreter: what read `kept`.
     """
 
@@ -48,6 +49,12 @@ class Weights:
     kept: tuple[Term, ...] = ()
     multiplied: bool = False
     repaired: bool = False
+    dropped: Node | None = None
+
+    @property
+    def dropout(self) -> float:
+        """The share of the weights that are dropped."""
+        return 0.0 if self.dropped is None else float(self.dropped.args[1])  # type: ignore[arg-type]
 
     def apply(self, logit: Logit, ranges: Ranges, values: Node) -> Logit:
         """The logit whose softmax has these weights.
@@ -68,6 +75,11 @@ class Weights:
         return replace(logit, empty=empty)
 
 
+def is_active_dropout(node: Node) -> bool:
+    """Whether a node drops some of what it takes."""
+    return node.target is aten.dropout.default and node.args[1] != 0 and bool(node.args[2])
+
+
 def may_mask(node: Node) -> bool:
     """Whether a node may set probabilities to zero and leave the others as they are."""
     return node.target in _MASKING
@@ -79,36 +91,58 @@ def weights_of(anchor: Node, view: GraphView, values: Contraction, side: int, at
     Raises:
         Stop: it is more than a probability, or not over the axis of the softmax.
     """
-    interpreter = view.interpreter(at.ranges, anchor, opaque=(anchor,))
+    drops = _drops_between(values.operands[side], anchor)
+    interpreter = view.interpreter(at.ranges, anchor, opaque=(anchor, *drops))
     out = tuple(at.index[letter] for letter in values.out)
     element = interpreter.element(values.operands[side], values.operand_index(side, out, J))
-    weights = _read(element, anchor, interpreter)
+    weights = _read(element, anchor, interpreter, drops)
     if weights is None:
         raise Stop("probabilities", f"the probabilities are changed before they meet the values: {short(element)}", values.node)
     dim = int(anchor.args[1]) % anchor.meta["val"].dim()  # type: ignore[call-overload]
     first = sympy.expand(weights.index[dim] - J)
     if first not in (0, 1) or any(J in term.free_symbols for k, term in enumerate(weights.index) if k != dim):
         raise Stop("probabilities", "the contraction with the values is not over the axis of the softmax", values.node)
+    known = set().union(*(term.free_symbols for term in weights.index))
+    if weights.dropped is not None and any(at.extents[symbol.name] != 1 and symbol not in known for symbol in (B, H, I)):
+        raise Stop("dropout", "weights of several rows are dropped alike", weights.dropped)
     return weights
 
 
-def _read(element: Term, anchor: Node, interpreter: Interpreter) -> Weights | None:
+def _drops_between(operand: Node, anchor: Node) -> tuple[Node, ...]:
+    """The active dropouts among the nodes that lie, one behind the other, between the softmax and the values."""
+    found, seen, frontier = list[Node](), {anchor}, [operand]
+    while frontier:
+        node = frontier.pop()
+        if node in seen or not (node is operand or is_passage(node) or may_mask(node)):
+            continue
+        seen.add(node)
+        found += [node] if is_active_dropout(node) else []
+        if is_passage(node) or may_mask(node):
+            frontier += node.all_input_nodes
+    return tuple(found)
+
+
+def _read(element: Term, anchor: Node, interpreter: Interpreter, drops: tuple[Node, ...] = ()) -> Weights | None:
+    dropped = next((x for x in drops if isinstance(element, Load) and element.tensor == x.name), None)
+    if dropped is not None:
+        inner = _read(interpreter.element(dropped.args[0], element.indices), anchor, interpreter)  # type: ignore[union-attr]
+        return None if inner is None else replace(inner, dropped=dropped)
     if isinstance(element, Load):
         return Weights(index=element.indices, interpreter=interpreter) if element.tensor == anchor.name else None
     if isinstance(element, NanToZero):
-        inner = _read(element.args[0], anchor, interpreter)
+        inner = _read(element.args[0], anchor, interpreter, drops)
         return None if inner is None else replace(inner, repaired=True)
     if isinstance(element, Where) and sympy.S.Zero in element.args[1:]:
         condition, then, otherwise = element.args
         kept, rest = (Not(condition), otherwise) if then == 0 else (condition, then)
-        inner = _read(rest, anchor, interpreter)
+        inner = _read(rest, anchor, interpreter, drops)
         if inner is not None and _is_nan(Not(kept), rest, interpreter):
             return replace(inner, repaired=True)
         return None if inner is None else replace(inner, kept=(*inner.kept, kept))
     if isinstance(element, sympy.Mul) and len(element.args) == 2:
         for factor, rest in (element.args, element.args[::-1]):
             if isinstance(factor, Where) and factor.args[1:] == (1, 0):
-                inner = _read(rest, anchor, interpreter)
+                inner = _read(rest, anchor, interpreter, drops)
                 return None if inner is None else replace(inner, kept=(*inner.kept, factor.args[0]), multiplied=True)
     return None
 

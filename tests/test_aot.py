@@ -44,6 +44,54 @@ def test_the_chosen_configuration_fits(target: str, name: str, dims: str, copies
     assert [report for report in reports if report.spill_bytes > STACK_BYTES or not report.fits] == []
 
 
+LEARNED = {
+    "bias": AttentionSpec(score="s * 0.088 + t0.f[0, h, i, j]", mask="j <= i", captures=("t0",), learned=("t0",)),
+    "buckets": AttentionSpec(score="s * 0.088 + t0.f[t1.i[i, j], h]", captures=("t0", "t1"), learned=("t0",)),
+    "slopes": AttentionSpec(
+        score="s * 0.088 + t0.f[h] * (j - i)", mask="(j <= i) & (t1.i[b, i] == t1.i[b, j])", captures=("t0", "t1"), learned=("t0",)
+    ),
+    "by-key": AttentionSpec(score="s * 0.088 + t0.f[b, j]", mask="j <= i", captures=("t0",), learned=("t0",)),
+}
+LEARNED_QUICK = {("cuda:90", "bias", "D128"), ("cuda:80", "slopes", "D64"), ("hip:gfx942", "buckets", "D128")}
+
+
+@pytest.mark.parametrize(
+    ("target", "name", "dims"),
+    [
+        pytest.param(
+            target,
+            name,
+            dims,
+            id=f"{target}-{name}-{dims}",
+            marks=() if (target, name, dims) in LEARNED_QUICK else pytest.mark.slow,
+        )
+        for target in ("cuda:80", "cuda:89", "cuda:90", "cuda:100", "hip:gfx942")
+        for name in LEARNED
+        for dims in DIMS
+    ],
+)
+def test_gradients_of_captured_tensors_fit(target: str, name: str, dims: str) -> None:
+    problem = Problem(d_qk=DIMS[dims][0], d_v=DIMS[dims][1], dtype=torch.bfloat16, arch=aot.architecture(target))
+    (report,) = aot.compile_kernels(LEARNED[name], problem, target=target, kernels=("captured_kernel",))
+    assert report.spill_bytes <= STACK_BYTES and report.fits
+
+
+@pytest.mark.parametrize(
+    ("target", "dims"),
+    [
+        pytest.param(target, dims, id=f"{target}-{dims}", marks=() if (target, dims) == ("cuda:90", "D64") else pytest.mark.slow)
+        for target in ("cuda:80", "cuda:89", "cuda:90", "cuda:100", "hip:gfx942")
+        for dims in ("D64", "D128", "D256")
+    ],
+)
+def test_dropout_fits(target: str, dims: str) -> None:
+    spec = AttentionSpec(score="s * 0.088", mask="j <= i", captures=("seed",), dropout=0.1)
+    problem = Problem(d_qk=DIMS[dims][0], d_v=DIMS[dims][1], dtype=torch.bfloat16, arch=aot.architecture(target))
+    reports = aot.compile_kernels(spec, problem, target=target)
+    assert {report.kernel for report in reports} == {"forward_kernel", "delta_kernel", "dq_kernel", "dkv_kernel"}
+    assert [report for report in reports if report.spill_bytes > STACK_BYTES or not report.fits] == []
+
+
 def kinds(reports: list[aot.Report]) -> set[str]:
     """What the kernels compute, for whichever GPU they are written."""
     return {report.kernel.removesuffix("_kernel").removesuffix("_hopper") for report in reports}

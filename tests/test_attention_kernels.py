@@ -51,13 +51,14 @@ class Case:
     d_v: int = 16
     dtype: torch.dtype = torch.float32
     out_layout: str = "bhtd"
-    checks: tuple[str, ...] = ("out", "lse", "dq", "dk", "dv", "d_sink")
+    checks: tuple[str, ...] = ("out", "lse", "dq", "dk", "dv", "t0", "t1", "t2")
     tiles: tuple[int, int] = (32, 32)
     limit: float = 1e-5
+    lse_learns: bool = False
 
 
-def documents() -> Tensor:
-    return torch.stack([torch.arange(T) // 30, (torch.arange(T) >= 50).long()])
+def documents(length: int = T) -> Tensor:
+    return torch.stack([torch.arange(length) // 30, (torch.arange(length) >= length // 2).long()])
 
 
 def left_padding() -> Tensor:
@@ -74,8 +75,8 @@ def dense_mask() -> Tensor:
     return mask
 
 
-def buckets() -> Tensor:
-    return torch.randint(0, 9, (T, T))
+def buckets(length: int = T) -> Tensor:
+    return torch.randint(0, 9, (length, length))
 
 
 def additive_causal() -> Tensor:
@@ -86,7 +87,24 @@ def spec(mask: str = "j <= i", score: str = S, **rest: Any) -> AttentionSpec:
     return AttentionSpec(score=score, mask=mask, **rest)
 
 
-T0, T1 = ("t0",), ("t0", "t1")
+T0, T1, SEED = ("t0",), ("t0", "t1"), ("seed",)
+N = 45  # of cases with learned tensors
+
+
+def learning(
+    score: str,
+    captures: Callable[[], list[Tensor]],
+    mask: str = "j <= i",
+    learned: tuple[str, ...] = T0,
+    empty: str = "impossible",
+    **rest: Any,
+) -> Case:
+    """A case whose captured tensors get a gradient."""
+    names = tuple(f"t{at}" for at in range(len(captures())))
+    written = spec(mask, score, captures=names, learned=learned, empty=empty)
+    return Case(spec=written, captures=captures, **{"t_q": N, "t_k": N, **rest})
+
+
 PADDED = "(j <= i) & bool(t0.b[b, j])"
 CASES: dict[str, Case] = {
     "causal": Case(spec=spec(), h=4, h_kv=2),
@@ -108,6 +126,10 @@ CASES: dict[str, Case] = {
     "documents": Case(spec=spec("(j <= i) & (t0.i[b, i] == t0.i[b, j])", captures=T0), captures=lambda: [documents()], b=2),
     "documents-both-ways": Case(spec=spec("t0.i[0, i] == t0.i[0, j]", captures=T0), captures=lambda: [documents()[:1]], b=2),
     "dense-mask": Case(spec=spec("bool(t0.b[0, 0, i, j])", captures=T0), captures=lambda: [dense_mask()]),
+    "blocks-of-each-head": Case(
+        spec=spec("bool(t0.b[b, h, i // 16, j // 16]) & (j <= i)", captures=T0, empty="zero"),
+        captures=lambda: [torch.rand(2, 2, 3, 3) < 0.4], b=2, t_q=N, t_k=N, tiles=(16, 16),
+    ),
     "padding-zero": Case(spec=spec(PADDED, captures=T0, empty="zero"), captures=lambda: [left_padding()], b=2),
     "padding-mean": Case(spec=spec(PADDED, captures=T0, empty="mean"), captures=lambda: [left_padding()], b=2),
     "padding-nan": Case(spec=spec(PADDED, captures=T0, empty="nan"), captures=lambda: [left_padding()], b=2, checks=("out", "lse")),
@@ -115,7 +137,9 @@ CASES: dict[str, Case] = {
     "empty-zero-without-table": Case(spec=spec("(j < i) & (i - j < 9)", empty="zero")),
     "soft-cap": Case(spec=spec(score="5 * tanh(s * 0.2 / 5)")),
     "soft-cap-beyond-float-range": Case(spec=spec(score="500 * tanh(s / 100)"), limit=1e-4),
-    "soft-cap-sink": Case(spec=spec(score="5 * tanh(s / 25)", sink="t0.f[h]", captures=T0), captures=lambda: [torch.randn(2)]),
+    "soft-cap-sink": Case(
+        spec=spec(score="5 * tanh(s / 25)", sink="t0.f[h]", captures=T0, learned=T0), captures=lambda: [torch.randn(2)]
+    ),
     "alibi": Case(spec=spec(score=S + " + t0.f[h] * (j - i)", captures=T0), captures=lambda: [torch.rand(2)]),
     "negative-scale": Case(spec=spec(score="-0.3 * s")),
     "scale-of-a-size": Case(spec=spec(score="s / sqrt(n0)", sizes=("n0",)), sizes=(24,)),
@@ -134,10 +158,59 @@ CASES: dict[str, Case] = {
         spec=spec("True", S + " + t0.f[h, j - i + 96]", captures=T0), captures=lambda: [torch.randn(2, 2 * T)]
     ),
     "score-of-where": Case(spec=spec("True", f"where(j <= i, {S}, -inf)")),
-    "sink": Case(spec=spec("(j <= i) & (i - j < 13)", sink="t0.f[h]", captures=T0), captures=lambda: [torch.randn(2)]),
+    "sink": Case(spec=spec("(j <= i) & (i - j < 13)", sink="t0.f[h]", captures=T0, learned=T0), captures=lambda: [torch.randn(2)]),
+    "sink-doubled": Case(spec=spec(sink="2 * t0.f[h // 2, 0]", captures=T0, learned=T0), captures=lambda: [torch.randn(2, 3)], h=3),
     "softmax-plus-one": Case(spec=spec(sink="0")),
     "sink-over-empty-rows": Case(
-        spec=spec("j < i - 5", sink="t0.f[h, i]", captures=T0), captures=lambda: [torch.randn(2, T)]
+        spec=spec("j < i - 5", sink="t0.f[h, i]", captures=T0, learned=T0), captures=lambda: [torch.randn(2, T)]
+    ),
+    "learned-bias": learning(S + " + t0.f[0, h, i, j]", lambda: [torch.randn(1, 2, N, N)], b=2),
+    "learned-bias-of-all-heads": learning(S + " + t0.f[i, j]", lambda: [torch.randn(N, 30)], mask="True", h=3, t_k=30),
+    "learned-bias-of-a-longer-table": learning(
+        S + " + t0.f[h, i, j]", lambda: [torch.randn(2, N + 3, 60)], mask="abs(i - j) <= 7"
+    ),
+    "learned-bias-of-each-entry": learning(S + " + t0.f[b, h, i, j]", lambda: [torch.randn(2, N, N, 2).permute(0, 3, 1, 2)], b=2),
+    "learned-buckets": learning(S + " + t0.f[t1.i[i, j], h]", lambda: [torch.randn(9, 2), buckets(N)], b=2),
+    "learned-buckets-in-documents": learning(
+        S + " + t0.f[t1.i[i, j], h]", lambda: [torch.randn(9, 2), buckets(N), documents(N)], mask="t2.i[b, i] == t2.i[b, j]", b=2
+    ),
+    "learned-relative": learning(S + " + t0.f[h, j - i + 44]", lambda: [torch.randn(2, 2 * N)], b=2),
+    "learned-slopes": learning(S + " + t0.f[h] * (j - i)", lambda: [torch.rand(2)], b=2),
+    "learned-slopes-in-documents": learning(
+        S + " + t0.f[h] * (j - i) + t0.f[0]", lambda: [torch.rand(2), documents(N)], mask="t1.i[b, i] == t1.i[b, j]", b=2
+    ),
+    "learned-by-key": learning(S + " + t0.f[b, j]", lambda: [torch.randn(2, N)], b=2),
+    "learned-by-key-in-documents": learning(
+        S + " * t0.f[j]", lambda: [torch.randn(N), documents(N)], mask="(j <= i) & (t1.i[b, i] == t1.i[b, j])", b=2
+    ),
+    "learned-temperature": learning("s * t0.f[()]", lambda: [torch.rand(())], b=2),
+    "learned-soft-capped": learning(
+        "5 * tanh((s * 0.2 + t0.f[h, i // 8, j // 8]) / 5) + t1.f[h, i]",
+        lambda: [torch.randn(2, 6, 6), torch.randn(2, N)], learned=T1,
+    ),
+    "learned-with-empty-rows": learning(
+        S + " + t0.f[h, i, j]", lambda: [torch.randn(2, N, N), left_padding()[:, :N]], mask="(j <= i) & bool(t1.b[b, j])",
+        b=2, empty="mean",
+    ),
+    "log-sum-exp": Case(spec=spec(), lse_learns=True, t_q=N, t_k=N),
+    "log-sum-exp-of-some-rows": replace(
+        learning("5 * tanh(s / 25) + t0.f[h, i, j]", lambda: [torch.randn(2, N, N)], "(j < i) & (i - j < 9)", empty="zero"),
+        lse_learns=True,
+    ),
+    "log-sum-exp-with-a-sink": Case(
+        spec=spec(sink="t0.f[h]", captures=T0, learned=T0), captures=lambda: [torch.randn(2)], lse_learns=True, t_q=N, t_k=N
+    ),
+    "dropout": Case(spec=spec(captures=SEED, dropout=0.3), captures=lambda: [torch.tensor(1 << 40)], t_q=N, t_k=N),
+    "dropout-with-a-bias-and-a-sink": replace(
+        learning(S + " + t0.f[h, i, j]", lambda: [torch.randn(2, N, N), torch.randn(2), torch.tensor(5)], b=2),
+        spec=spec(
+            "abs(i - j) < 9", S + " + t0.f[h, i, j]", sink="t1.f[h]", captures=(*T1, *SEED), learned=T1, dropout=0.5
+        ),
+        lse_learns=True,
+    ),
+    "dropout-in-documents": Case(
+        spec=spec("t0.i[b, i] == t0.i[b, j]", captures=(*T0, *SEED), dropout=0.1),
+        captures=lambda: [documents(N), torch.tensor(7)], b=2, t_q=N, t_k=N, tiles=(16, 32),
     ),
     "sigmoid-gate": Case(spec=spec(score="s * sigmoid(s)")),
     "head-80": Case(spec=spec(), d_qk=80, d_v=80, t_q=65, t_k=65),
@@ -159,32 +232,29 @@ def errors_of(case: Case) -> dict[str, float]:
     k = torch.randn(case.b, case.h_kv, case.t_k, 2 * case.d_qk, dtype=case.dtype)[..., ::2]
     v = torch.randn(case.b, case.h_kv, case.t_k, case.d_v, dtype=case.dtype)
     launch = attention.Launch(block_m=case.tiles[0], block_n=case.tiles[1])
-    config = attention.Config(forward=launch, dq=launch, dkv=launch)
+    config = attention.Config(forward=launch, dq=launch, dkv=launch, captured=launch)
     out, lse = attention.forward(q, k, v, captures, case.sizes, case.spec, config=config, out_layout=case.out_layout)  # type: ignore[arg-type]
     grad = torch.randn(out.shape, dtype=out.dtype)
-    dq, dk, dv, d_sink = attention.backward(grad, q, k, v, out, lse, captures, case.sizes, case.spec, config=config)
-    ours = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+    grad_lse = torch.randn(lse.shape) if case.lse_learns else None
+    dq, dk, dv, learned = attention.backward(
+        grad, q, k, v, out, lse, captures, case.sizes, case.spec, config=config, grad_lse=grad_lse
+    )
+    names = ("dq", "dk", "dv", *case.spec.learned)
+    ours = {"out": out, "lse": lse, **dict(zip(names, (dq, dk, dv, *learned), strict=True))}
 
     problem = attention.Problem(d_qk=case.d_qk, d_v=case.d_v, dtype=case.dtype, arch="cpu")
     module = emit.load_kernel(emit.write_kernel(attention.source(case.spec, problem, config=config), attention._directory))
+    tensors = [x.double() if x.is_floating_point() else x for x in captures]
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
-    expected, expected_lse = module.reference(*leaves, *captures, *case.sizes)
-    grads = torch.autograd.grad(expected, leaves, grad.double())
-    theirs = {"out": expected, "lse": expected_lse, **dict(zip(("dq", "dk", "dv"), grads, strict=True))}
-    if d_sink is not None and captures:
-        ours["d_sink"], theirs["d_sink"] = sink_gradients(module, case, captures, leaves, grad, d_sink)
+    leaves += [tensors[case.spec.captures.index(name)].requires_grad_() for name in case.spec.learned]
+    expected, expected_lse = module.reference(*leaves[:3], *tensors, *case.sizes)
+    results, weights = (expected,), (grad.double(),)
+    if grad_lse is not None:
+        results, weights = (expected, torch.where(expected_lse.isfinite(), expected_lse, 0.0)), (*weights, grad_lse.double())
+    grads = torch.autograd.grad(results, leaves, weights)
+    theirs = {"out": expected, "lse": expected_lse, **dict(zip(names, grads, strict=True))}
     dense = out.transpose(1, 2) if case.out_layout == "bthd" else out
     return {"layout": 0.0 if dense.is_contiguous() else 1.0} | {name: difference(ours[name], theirs[name]) for name in theirs}  # type: ignore[arg-type]
-
-
-def sink_gradients(
-    module: Any, case: Case, captures: list[Tensor], leaves: list[Tensor], grad: Tensor, d_sink: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Of the captured sink, [H] or [H, TQ]: the kernels' rows summed up, and autograd's."""
-    sink = captures[0].double().requires_grad_()
-    expected, _ = module.reference(*(x.detach() for x in leaves), sink, *captures[1:], *case.sizes)
-    rows = d_sink.sum((0, 2) if sink.ndim == 1 else 0)
-    return rows, torch.autograd.grad(expected, sink, grad.double())[0]
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
@@ -269,8 +339,14 @@ def test_the_file_checks_itself(name: str, interpreter: Ask) -> None:
 PROBLEM = attention.Problem(d_qk=64, d_v=64, dtype=torch.bfloat16, arch="sm_80")
 
 
+ALONE = [name for name, case in CASES.items() if not case.spec.learned and name != "dropout"] + [
+    "sink-doubled",
+    "learned-soft-capped",
+]
+
+
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ALONE)
 def test_the_file_stands_alone(name: str, arch: str) -> None:
     problem = replace(PROBLEM, arch=arch)
     text = attention.source(CASES[name].spec, problem)
@@ -285,7 +361,13 @@ def test_the_file_stands_alone(name: str, arch: str) -> None:
 @pytest.mark.parametrize(
     ("name", "tabled"),
     [("causal", False), ("window", False), ("prefix", False), ("lengths", False), ("cache-offset", False)]
-    + [("documents", True), ("dense-mask", True), ("padding-mean", True), ("first-keys-and-window", True)],
+    + [
+        ("blocks-of-each-head", True),
+        ("documents", True),
+        ("dense-mask", True),
+        ("padding-mean", True),
+        ("first-keys-and-window", True),
+    ],
 )
 def test_a_table_only_where_the_mask_needs_one(name: str, tabled: bool) -> None:
     assert ("table" in attention.source(CASES[name].spec, PROBLEM)) == tabled

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from tests.attention_forms import SCALE, B, D, H, T, attend, bhtd, causal_of, lowest, normal, scores_of, with_padding
 from tests.vocabulary import Compiled, assert_refused, assert_within_contract
@@ -26,16 +25,6 @@ def refused(name: str, why: str, step: str, make: Callable[[], tuple[Any, ...]] 
         return f
 
     return register
-
-
-@refused("active dropout", "dropout p=0.5 is active", "dropout")
-def _(q, k, v):
-    return F.dropout(scores_of(q, k).softmax(-1), 0.5, training=True) @ v
-
-
-@refused("active dropout of SDPA", "dropout p=0.5 is active", "dropout")
-def _(q, k, v):
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=0.5)
 
 
 @refused("probabilities returned", "the probabilities are also used by output", "uses")
@@ -119,18 +108,11 @@ def _(q, k, v):
 
 
 @refused(
-    "two score contractions", "the bias matmul .* requires a gradient", "gradient", lambda: (*bhtd(), normal(B, H, T, D, seed=7))
-)
-def _(q, k, v, position):
-    return attend(q @ k.mT + q @ position.mT, v)
-
-
-@refused(
-    "differential, kept apart by a bias that learns", "the probabilities are changed by sub", "probabilities",
-    lambda: (*bhtd(), normal(B, H, T, D, seed=7), normal(H, T, T, seed=8)),
+    "differential, kept apart by heads that are mixed", "the probabilities are changed by sub", "probabilities",
+    lambda: (*bhtd(), normal(B, H, T, D, seed=7), normal(H, H, seed=8)),
 )  # fmt: skip
-def _(q, k, v, k2, bias):
-    return (scores_of(q, k).softmax(-1) - 0.5 * (scores_of(q, k2) + bias).softmax(-1)) @ v
+def _(q, k, v, k2, mix):
+    return (scores_of(q, k).softmax(-1) - torch.einsum("bhij,hg->bgij", scores_of(q, k2), mix).softmax(-1)) @ v
 
 
 @refused("talking heads", "depends on both the query and the key", "scores", lambda: (*bhtd(), normal(H, H)))
@@ -143,12 +125,6 @@ def _(q, k, v, mix):
 def _(q, k, v):
     weights = (torch.einsum("bigkd,bjkd->bgkij", q, k) * SCALE).softmax(-1)
     return torch.einsum("bgkij,bjkd->bigkd", weights, v)
-
-
-@refused("logarithms of the sums returned", "the scores are also used by logsumexp", "uses")
-def _(q, k, v):
-    s = scores_of(q, k)
-    return attend(s, v), s.logsumexp(-1)
 
 
 @refused("scores passed on", "the scores are also used by output", "uses")
@@ -171,21 +147,6 @@ def _(q, k, v, k2, v2):
 @refused("float64", "float64 operands have no kernel", "dtype", lambda: tuple(x.detach().double() for x in bhtd()))
 def _(q, k, v):
     return attend(scores_of(q, k), v)
-
-
-@refused("a bias that learns", "requires a gradient", "gradient", lambda: (*bhtd(), normal(1, H, T, T)))
-def _(q, k, v, bias):
-    return attend(scores_of(q, k) + bias, v)
-
-
-@refused("a bias that learns, to SDPA", "requires a gradient", "gradient", lambda: (*bhtd(), normal(1, H, T, T)))
-def _(q, k, v, bias):
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-
-
-@refused("a temperature for each key that learns", "requires a gradient", "gradient", lambda: (*bhtd(), normal(T)))
-def _(q, k, v, temperature):
-    return attend(scores_of(q, k) * temperature, v)
 
 
 @refused("scores without queries", "no function of a contraction", "scores", lambda: (normal(B, H, T, T), normal(B, H, T, D)))

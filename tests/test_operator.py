@@ -8,10 +8,14 @@ import pytest
 import torch
 
 from effcompile import backend  # noqa: F401 - registers the operator
-from effcompile.ops.attention import AttentionSpec, reference, sink_logits
+from effcompile.evaluate import Evaluator
+from effcompile.ops.attention import AttentionSpec, captured_gradients, index_tensors, reference
+from effcompile.ops.captured import DIMS, loads_that_learn
+from effcompile.terms import from_text
 
 OPERATOR = torch.ops.effcompile.attention.default
 B, H, TQ, TK, D, DV = 2, 4, 5, 7, 8, 6
+T0 = ("t0",)
 
 # name: specification, captures, sizes, heads of keys
 CASES = {
@@ -29,8 +33,14 @@ CASES = {
     ),
     "window of a size": (AttentionSpec(mask="(j <= i + n) & (i - j < n)", sizes=("n",)), (), (3,), H),
     "scalar capture": (AttentionSpec(mask="j <= t0.i[()]", captures=("t0",)), (torch.tensor(4),), (), H),
-    "sink": (AttentionSpec(score="s * 0.5", sink="t0.f[h]", captures=("t0",)), (torch.randn(H),), (), H),
-    "sink, grouped": (AttentionSpec(score="s * 0.5", mask="j <= i", sink="t0.f[h]", captures=("t0",)), (torch.randn(H),), (), 2),
+    "learned bias": (AttentionSpec(score="s + t0.f[h, i, j]", captures=T0, learned=T0), (torch.randn(H, TQ, TK),), (), H),
+    "sink": (AttentionSpec(score="s * 0.5", sink="t0.f[h]", captures=T0, learned=T0), (torch.randn(H),), (), H),
+    "sink, grouped": (
+        AttentionSpec(score="s * 0.5", mask="j <= i", sink="t0.f[h]", captures=T0, learned=T0),
+        (torch.randn(H),),
+        (),
+        2,
+    ),
     "empty rows are zero": (AttentionSpec(mask="j < i", empty="zero"), (), (), H),
     "empty rows are means": (AttentionSpec(mask="j < i", empty="mean"), (), (), H),
     "empty rows are nan": (AttentionSpec(mask="j < i", empty="nan"), (), (), H),
@@ -46,8 +56,7 @@ def operands(name, dtype=torch.float32, requires_grad=False):
     captures = [x.to(dtype) if x.is_floating_point() else x for x in captures]
     if requires_grad:
         q, k, v = (x.requires_grad_() for x in (q, k, v))
-        sink = CASES[name][0].sink is not None
-        captures = [x.clone().requires_grad_() if sink else x for x in captures]
+        captures = [x.clone().requires_grad_() if CASES[name][0].learned else x for x in captures]
     return q, k, v, captures, list(sizes)
 
 
@@ -74,7 +83,7 @@ def naive(q, k, v, captures, sizes, name):
 def score(name, s, b, h, i, j, captures):
     if name == "soft-cap":
         return (s * 0.1).tanh() * 5.0
-    if name == "bias":
+    if name in ("bias", "learned bias"):
         return s + captures[0][h, i, j]
     return s * 0.5 if CASES[name][0].score == "s * 0.5" else s
 
@@ -134,7 +143,7 @@ def test_fake_strides_are_the_real_ones(layout, dtype, shape):
 
 @CASE
 def test_gradients(name):
-    """Of queries, keys, values and the sink, against autograd through the definition in float64."""
+    """Of queries, keys, values and what learns, against autograd through the definition in float64."""
     spec = CASES[name][0]
     inputs = operands(name, torch.float64, requires_grad=True)
     leaves = [x for x in (*inputs[:3], *inputs[3]) if x.requires_grad]
@@ -146,7 +155,7 @@ def test_gradients(name):
     captures = [x.detach().float().requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in inputs[3]]
     out, _ = OPERATOR(*single, captures, inputs[4], spec.to_json(), "bhtd")
     got = torch.autograd.grad(out, [*single, *(x for x in captures if x.requires_grad)], weights.float())
-    assert len(got) == len(wanted) == 3 + (spec.sink is not None)
+    assert len(got) == len(wanted) == 3 + len(spec.learned)
     if spec.empty == "nan" and name != "padding":
         return  # the gradient of a NaN row is NaN for all that it touches
     for mine, other in zip(got, wanted, strict=True):
@@ -158,16 +167,67 @@ def test_no_gradient_is_sent_where_none_is_asked_for():
     q, k, v, _, _ = operands("plain")
     q.requires_grad_()
     out, lse = OPERATOR(q, k, v, [], [], CASES["plain"][0].to_json(), "bhtd")
-    assert out.requires_grad and not lse.requires_grad
+    assert out.requires_grad and lse.requires_grad
     out.sum().backward()
     assert q.grad is not None and k.grad is None
 
 
-def test_sink_logits_are_those_of_each_row():
-    name = "sink"
-    q, _, _, captures, sizes = operands(name)
-    found = sink_logits(q, captures, sizes, CASES[name][0])
-    torch.testing.assert_close(found, captures[0][None, :, None].expand(B, H, TQ))
+@pytest.mark.parametrize("name", ["grouped", "sink", "empty rows are zero"])
+@pytest.mark.parametrize("used", ["both", "log-sum-exp"])
+def test_gradient_of_the_log_sum_exp(name, used):
+    spec = CASES[name][0]
+    inputs = operands(name, torch.float64, requires_grad=True)
+    single = [[x.detach().float().requires_grad_() for x in part] for part in (inputs[:3], inputs[3])]
+    weights = torch.randn(B, H, TQ, DV, dtype=torch.float64), torch.randn(B, H, TQ, dtype=torch.float64)
+    chosen = slice(0, 2) if used == "both" else slice(1, 2)
+    expected = reference(*inputs, spec)
+    leaves = [*inputs[:3], *inputs[3]]
+    finite = [torch.where(x.isfinite(), x, 0.0) for x in expected]
+    wanted = torch.autograd.grad(finite[chosen], leaves, weights[chosen], materialize_grads=True)
+    found = OPERATOR(*single[0], single[1], inputs[4], spec.to_json(), "bhtd")
+    found = [torch.where(x.isfinite(), x, 0.0) for x in found]
+    grads = [x.float() for x in weights[chosen]]
+    got = torch.autograd.grad(found[chosen], [*single[0], *single[1]], grads, materialize_grads=True)
+    for mine, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(mine.double(), other, rtol=1e-4, atol=1e-5)
+
+
+PLACES = {
+    "its own indices": ("t0.f[b, h, i, j]", (B, H, TQ, TK)),
+    "another order": ("t0.f[i, h, b, j]", (TQ, H, B, TK)),
+    "part of a tensor": ("t0.f[h, i, j]", (H, TQ + 2, TK + 1)),
+    "a constant index": ("t0.f[1, j]", (3, TK)),
+    "one of each head": ("t0.f[h]", (H,)),
+    "one number": ("t0.f[()]", ()),
+    "distances": ("t0.f[h, i - j + 6]", (H, TQ + TK)),
+    "blocks": ("t0.f[i // 2, j // 3, h]", (3, 3, H)),
+    "a table": ("t0.f[t1.i[i, j], h]", (4, H)),
+    "a table of one head": ("t0.f[0, t1.i[i, j]]", (2, 4)),
+    "the diagonal": ("t0.f[i, i]", (TQ, TQ)),
+    "two places": ("t0.f[h, i] - t0.f[h, j]", (H, TK)),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_gradients_of_loads_reach_their_elements(name):
+    """Against autograd through the term itself: what a load gets is added where it was read, summed beforehand or not."""
+    text, shape = PLACES[name]
+    captures = [torch.randn(shape, requires_grad=True), torch.randint(0, 4, (TQ, TK))]
+    spec = AttentionSpec(score=f"s + {text}", captures=("t0", "t1"), learned=T0)
+    symbols = index_tensors(B, H, TQ, TK, torch.device("cpu"))
+    evaluator = Evaluator(symbols, dict(zip(spec.captures, captures, strict=True)), dtype=torch.float32, device=torch.device("cpu"))
+    value = evaluator.tensor(from_text(text), torch.float32).expand(B, H, TQ, TK)
+    upstream = torch.randn(B, H, TQ, TK)
+    (wanted,) = torch.autograd.grad(value, captures[0], upstream)
+    loads = loads_that_learn(from_text(spec.score), T0)
+    for summed in (False, True):
+        given = []
+        for load in loads:
+            dims = [d for d, symbol in enumerate(DIMS) if summed and not load.has(symbol)]
+            sign = -1.0 if name == "two places" and load.has(DIMS[3]) else 1.0
+            given.append(sign * (upstream.sum(dims, keepdim=True) if dims else upstream))
+        (found,) = captured_gradients((B, H, TQ, TK), given, None, [x.detach() for x in captures], (), spec)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("spec", [case[0] for case in CASES.values()], ids=list(CASES))

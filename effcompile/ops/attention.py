@@ -17,6 +17,8 @@ import torch
 
 from ..evaluate import Evaluator
 from ..terms import from_text
+from .captured import gradient, loads_that_learn, slope
+from .dropout import dropout_keeps
 
 Empty = Literal["impossible", "nan", "zero", "mean"]
 Precision = Literal["ieee", "tf32"]
@@ -36,6 +38,9 @@ class AttentionSpec:
         sink: a further logit of `b`, `h`, `i` that takes its share of the softmax and has no value (attention sinks).
         captures: names of the captured tensors, in the order in which they are passed.
         sizes: names of the integers that the expressions mention, in the order in which they are passed.
+        learned: names of the captured tensors that get a gradient, through the score or the sink.
+        dropout: the share of the weights that are set to zero, the others divided by what is left; the last captured tensor, the
+            integer `seed`, then decides which ones (see `ops.dropout`).
         precision: how float32 operands are multiplied.
     """
 
@@ -45,6 +50,8 @@ class AttentionSpec:
     sink: str | None = None
     captures: tuple[str, ...] = ()
     sizes: tuple[str, ...] = ()
+    learned: tuple[str, ...] = ()
+    dropout: float = 0.0
     precision: Precision = "ieee"
     version: int = SPEC_VERSION
 
@@ -60,7 +67,8 @@ class AttentionSpec:
     def from_json(cls, text: str) -> AttentionSpec:
         """Read what `to_json` wrote."""
         fields = json.loads(text)
-        return cls(**{**fields, "captures": tuple(fields["captures"]), "sizes": tuple(fields["sizes"])})
+        lists = {name: tuple(fields[name]) for name in ("captures", "sizes", "learned")}
+        return cls(**{**fields, **lists})
 
 
 def reference(
@@ -90,9 +98,10 @@ def reference(
     group = q.shape[1] // k.shape[1]
     keys, values = (x.to(dtype).repeat_interleave(group, dim=1) for x in (k, v))
     logits = q.to(dtype) @ keys.mT
+    indices = index_tensors(q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.device)
     evaluator = Evaluator(
         {
-            **index_tensors(q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.device),
+            **indices,
             **dict(zip(spec.sizes, sizes, strict=True)),
             "s": logits,
         },
@@ -111,6 +120,9 @@ def reference(
     weights = masked.softmax(-1)[..., : k.shape[2]]
     if spec.empty == "zero":
         weights = torch.where(mask.any(-1, keepdim=True), weights, torch.zeros_like(weights))
+    if spec.dropout:
+        kept = dropout_keeps(captures[-1], indices["b"], indices["h"], indices["i"], indices["j"], spec.dropout)
+        weights = torch.where(kept, weights / (1.0 - spec.dropout), 0.0)
     return (weights @ values).to(v.dtype), masked.logsumexp(-1)
 
 
@@ -130,7 +142,7 @@ LIBRARY.define(
 )
 LIBRARY.define(
     "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor[] captures, SymInt[] sizes,"
-    " str spec) -> (Tensor, Tensor, Tensor, Tensor)",
+    " str spec, Tensor? grad_lse=None) -> (Tensor, Tensor, Tensor, Tensor[])",
     tags=_TAGS,
 )
 
@@ -152,10 +164,15 @@ def _fake(q: Any, k: Any, v: Any, captures: Any, sizes: Any, spec: str, layout: 
 
 @torch.library.register_fake("effcompile::attention_backward", lib=LIBRARY)
 def _fake_backward(
-    grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, captures: Any, sizes: Any, spec: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    rows = lse.shape if AttentionSpec.from_json(spec).sink is not None else (0,)
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), lse.new_empty(rows)
+    grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, captures: Any, sizes: Any, spec: str, grad_lse: Any = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    learned = learned_captures(AttentionSpec.from_json(spec), captures)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), [torch.empty_like(x) for x in learned]
+
+
+def learned_captures(spec: AttentionSpec, captures: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The captured tensors that get a gradient."""
+    return [captures[spec.captures.index(name)] for name in spec.learned]
 
 
 def _cpu(
@@ -168,27 +185,56 @@ def _cpu(
 
 
 def reference_backward(
-    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: Any, lse: Any, captures: Any, sizes: Any, spec: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of queries, keys and values by autograd through the definition, and of each row's sink logit [B, H, Tq]."""
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: Any,
+    lse: Any,
+    captures: Any,
+    sizes: Any,
+    spec: str,
+    grad_lse: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """Gradients of queries, keys, values and captured tensors that learn, by autograd through the definition."""
     parsed = AttentionSpec.from_json(spec)
+    learned = learned_captures(parsed, captures)
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        result, _ = reference(leaves[0], leaves[1], leaves[2], captures, sizes, parsed)
-        found = torch.autograd.grad(result, leaves, grad)
-    dq, dk, dv = (torch.empty_like(x).copy_(g) for x, g in zip((q, k, v), found, strict=True))
-    if parsed.sink is None:
-        return dq, dk, dv, lse.new_empty((0,))
-    delta = (grad.float() * out.float()).sum(-1)
-    return dq, dk, dv, -(sink_logits(q, captures, sizes, parsed) - lse).exp() * delta
+        leaves += [x.detach().float().requires_grad_() for x in learned]  # what many positions load is summed in float32
+        given = dict(zip(parsed.captures, captures, strict=True)) | dict(zip(parsed.learned, leaves[3:], strict=True))
+        results = reference(leaves[0], leaves[1], leaves[2], list(given.values()), sizes, parsed)
+        count = 1 if grad_lse is None else 2
+        found = torch.autograd.grad(results[:count], leaves, (grad, grad_lse)[:count], materialize_grads=True)
+    dq, dk, dv, *others = (torch.empty_like(x).copy_(g) for x, g in zip((q, k, v, *learned), found, strict=True))
+    return dq, dk, dv, others
 
 
-def sink_logits(q: torch.Tensor, captures: Any, sizes: Any, spec: AttentionSpec) -> torch.Tensor:
-    """The sink's logit for each row, [B, H, Tq], in float32."""
-    assert spec.sink is not None
-    symbols = {**index_tensors(q.shape[0], q.shape[1], q.shape[2], 1, q.device), **dict(zip(spec.sizes, sizes, strict=True))}
-    evaluator = Evaluator(symbols, dict(zip(spec.captures, captures, strict=True)), dtype=torch.float32, device=q.device)
-    return evaluator.tensor(from_text(spec.sink), torch.float32).expand(*q.shape[:3], 1)[..., 0]
+def captured_gradients(
+    shape: tuple[int, int, int, int],
+    values: Sequence[torch.Tensor],
+    rows: torch.Tensor | None,
+    captures: Any,
+    sizes: Any,
+    spec: AttentionSpec,
+) -> list[torch.Tensor]:
+    """The gradients of the captured tensors that learn.
+
+    Args:
+        shape: B, H, TQ, TK.
+        values: of each load of `loads_that_learn(score)`, its gradient [B, H, TQ, TK], of size 1 where it is summed already.
+        rows: the gradient of each row's sink logit [B, H, TQ], if there is one that learns.
+    """
+    symbols = {**index_tensors(*shape, captures[0].device), **dict(zip(spec.sizes, sizes, strict=True))}
+    evaluator = Evaluator(symbols, dict(zip(spec.captures, captures, strict=True)), dtype=torch.float32, device=captures[0].device)
+    places = list(zip(loads_that_learn(from_text(spec.score), spec.learned), values, strict=True))
+    if rows is not None:
+        assert spec.sink is not None
+        sink = from_text(spec.sink)
+        for load in loads_that_learn(sink, spec.learned):
+            places.append((load, rows[..., None] * evaluator.tensor(slope(sink, load), torch.float32)))
+    tensors = zip(spec.learned, learned_captures(spec, captures), strict=True)
+    return [gradient(x, [place for place in places if place[0].tensor == name], evaluator) for name, x in tensors]
 
 
 LIBRARY.impl("attention", _cpu, "CPU")
@@ -200,23 +246,21 @@ def _save(ctx: Any, inputs: Any, output: Any) -> None:
     out, lse = output
     ctx.save_for_backward(q, k, v, out, lse, *captures)
     ctx.sizes, ctx.spec = sizes, spec
-    ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, grad: torch.Tensor | None, _lse: Any) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, grad: torch.Tensor | None, grad_lse: torch.Tensor | None) -> tuple[Any, ...]:
     q, k, v, out, lse, *captures = ctx.saved_tensors
     no_sizes: list[Any] | None = None if ctx.sizes else []  # autograd takes an empty list for a list of tensors
-    if grad is None:
+    if grad is None and grad_lse is None:
         return None, None, None, [None] * len(captures), no_sizes, None, None
-    dq, dk, dv, rows = torch.ops.effcompile.attention_backward(grad, q, k, v, out, lse, captures, ctx.sizes, ctx.spec)
+    grad = torch.zeros_like(out) if grad is None else grad
+    dq, dk, dv, learned = torch.ops.effcompile.attention_backward(
+        grad, q, k, v, out, lse, captures, ctx.sizes, ctx.spec, grad_lse
+    )  # fmt: skip
     spec = AttentionSpec.from_json(ctx.spec)
-    captured: list[torch.Tensor | None] = [None] * len(captures)
-    if spec.sink is not None:
-        position = spec.captures.index(spec.sink.split(".")[0]) if spec.sink.split(".")[0] in spec.captures else None
-        if position is not None and captures[position].shape == (q.shape[1],):
-            captured[position] = rows.sum(dim=(0, 2)).to(captures[position].dtype)
-    return dq, dk, dv, captured, no_sizes, None, None
+    captured = dict.fromkeys(spec.captures) | dict(zip(spec.learned, learned, strict=True))
+    return dq, dk, dv, list(captured.values()), no_sizes, None, None
 
 
 torch.library.register_autograd("effcompile::attention", _differentiate, setup_context=_save, lib=LIBRARY)

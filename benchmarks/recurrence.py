@@ -1,0 +1,324 @@
+"""Linear recurrences on one GPU: the generated kernels beside fla-core's, side by side in one run, one process a measurement.
+
+    python -m benchmarks recurrence        or
+    python benchmarks/recurrence.py [--rows linear,gla] [--contenders effcompile] [--modes forward] [--budget 900] [--out FILE]
+
+A result holds: median milliseconds; seconds of the first call, from empty caches; peak memory beyond the inputs; relative L2 errors
+of the output and the gradients at 1024 steps of two heads against the definition in float64; and the share of the floor,
+max(operations / peak, bytes / bandwidth), where operations are those of chunks of 64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from children import answer, run_child
+from common import (
+    Budget,
+    cache_environment,
+    environment,
+    failure,
+    first_call,
+    import_effcompile,
+    median_ms,
+    peak_mb,
+    relative_l2,
+    result_path,
+    select,
+    write_json,
+)
+from torch import Tensor
+
+MODES = ("forward", "forward+backward")
+PEAKS = {"H100": (790e12, 3.0e12), "H200": (790e12, 4.3e12)}  # measured: bf16 operations/s, bytes/s
+SHAPES = {"b1-t8k-h32-d128": (1, 8192, 32, 128), "b4-t4k-h64-d128": (4, 4096, 64, 128), "b8-t2k-h32-d256": (8, 2048, 32, 256)}
+SHAPES["b8-t1k-h8-d64"] = (8, 1024, 8, 64)
+CHUNK = 64
+SMALL = (1, 1024, 2)  # batch, steps and heads at which errors are measured
+TIMEOUT_S = 240.0
+NOTES = (
+    "contenders take [B, T, H, D] tensors as they lie; fla-core's functions are called with scale 1 and without states",
+    "first_s starts from empty caches in a process of its own and leaves out imports",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """A recurrence: its decay, whether it is the same at all times, and the function of fla-core that computes it."""
+
+    name: str
+    decay: str
+    peer: str
+    constant: bool = False
+
+    def flops(self, shape: tuple[int, int, int, int], *, backward: bool) -> float:
+        """Of the chunkwise form; the backward pass by the table of the design: 10 D D + 2 C (5 D)."""
+        b, t, h, d = shape
+        forward = 4.0 * d * d + 4.0 * CHUNK * d
+        return b * t * h * (forward + (10.0 * d * d + 10.0 * CHUNK * d if backward else 0.0))
+
+    def bytes(self, shape: tuple[int, int, int, int], *, backward: bool) -> float:
+        """q, k, v and the output; with gradients 7 tensors more; gates in float32, read once and, backwards, read and written."""
+        b, t, h, d = shape
+        gate = 0 if self.decay == "none" or self.constant else 4 * (d if self.decay == "key" else 1)
+        return float(b * t * h * (2 * d * (11 if backward else 4) + gate * (3 if backward else 1)))
+
+
+FORMS = {
+    form.name: form
+    for form in (
+        Form(name="linear", decay="none", peer="linear_attn.chunk_linear_attn"),
+        Form(name="retention", decay="head", constant=True, peer="retention.chunk_retention"),
+        Form(name="simple-gla", decay="head", peer="simple_gla.chunk_simple_gla"),
+        Form(name="gla", decay="key", peer="gla.chunk_gla"),
+        Form(name="hgrn", decay="rows", peer="hgrn.chunk_hgrn"),
+    )
+}
+CONTENDERS = ("effcompile", "fla")
+Inputs = dict[str, Tensor]
+Call = Callable[[Inputs], Tensor]
+
+
+def inputs_of(form: Form, shape: tuple[int, int, int, int], device: str, seed: int) -> Inputs:
+    """q, k, v [B, T, H, D] in bfloat16 and the logarithm of the decay in float32."""
+    generator = torch.Generator(device=device).manual_seed(seed)
+    b, t, h, d = shape
+
+    def make(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, device=device)
+
+    found = {"v": make(b, t, h, d).bfloat16()}
+    if form.decay != "rows":
+        found |= {"q": make(b, t, h, d).mul(d**-0.5).bfloat16(), "k": make(b, t, h, d).bfloat16()}
+    if form.decay == "head" and not form.constant:
+        found["g"] = torch.nn.functional.logsigmoid(make(b, t, h)) / 16
+    if form.decay in ("key", "rows"):
+        found["g"] = torch.nn.functional.logsigmoid(make(b, t, h, d)) / 16
+    return found
+
+
+def specified(form: Form, x: Inputs) -> tuple[Tensor, list[Tensor], Any]:
+    """The same as operands of the operation, views of [B, H, T, ...]."""
+    import_effcompile()
+    from effcompile.ops.recurrence import RecurrenceSpec
+
+    v = x["v"].transpose(1, 2)
+    if form.constant:
+        heads = v.shape[1]
+        gate = torch.log1p(-torch.exp2(-5.0 - torch.arange(heads, device=v.device, dtype=torch.float64))).float()
+        gate = gate.view(1, heads, 1, 1, 1)
+    elif form.decay == "head":
+        gate = x["g"].transpose(1, 2)[..., None, None]
+    elif form.decay in ("key", "rows"):
+        wide = x["g"].transpose(1, 2)
+        gate = wide[..., None] if form.decay == "key" else wide[..., None, :]
+    decay: Any = "value" if form.decay == "rows" else form.decay
+    rows = [] if form.decay == "rows" else [x["q"].transpose(1, 2), x["k"].transpose(1, 2)]
+    names = (*(("q", "k") if rows else ()), *(("gate",) if decay != "none" else ()))
+    return v, [*rows, *((gate,) if decay != "none" else ())], RecurrenceSpec(operands=names, decay=decay, out="bfloat16")
+
+
+class _Recurrence(torch.autograd.Function):
+    """The kernels as one differentiable function."""
+
+    @staticmethod
+    def forward(ctx: Any, spec: Any, v: Tensor, *operands: Tensor) -> Tensor:
+        from effcompile.codegen import recurrence
+
+        out, _, _ = recurrence.forward(v, operands, spec, "bthd")
+        ctx.save_for_backward(v, *operands, out)
+        ctx.spec = spec
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        from effcompile.codegen import recurrence
+
+        v, *operands, out = ctx.saved_tensors
+        return None, *recurrence.backward(grad, None, None, v, operands, None if ctx.spec.has_rows else out, ctx.spec)
+
+
+def effcompile_call(form: Form) -> Call:
+    """The generated kernels."""
+
+    def call(x: Inputs) -> Tensor:
+        v, operands, spec = specified(form, x)
+        return _Recurrence.apply(spec, v, *operands).transpose(1, 2)
+
+    return call
+
+
+def fla_call(form: Form) -> Call:
+    """fla-core's function for the form."""
+    module, _, name = form.peer.rpartition(".")
+    function = getattr(importlib.import_module(f"fla.ops.{module}"), name)
+
+    def call(x: Inputs) -> Tensor:
+        if form.decay == "rows":
+            b, t, h, d = x["v"].shape
+            out, _ = function(x["v"].view(b, t, h * d), x["g"].view(b, t, h * d))
+            return out.view(b, t, h, d)
+        options: dict[str, Any] = {"scale": 1.0, "normalize": False} if form.name == "linear" else {"scale": 1.0}
+        if "g" in x:
+            options["g"] = x["g"]
+        out = function(x["q"], x["k"], x["v"], **options)
+        return out[0] if isinstance(out, tuple) else out
+
+    return call
+
+
+CALLS: dict[str, Callable[[Form], Call]] = {"effcompile": effcompile_call, "fla": fla_call}
+
+
+def step_of(call: Call, x: Inputs, mode: str) -> Callable[[], dict[str, Tensor]]:
+    """One step of `mode` as a function without arguments; it returns the output, and the gradients if it makes them."""
+    if mode == "forward":
+
+        def forward() -> dict[str, Tensor]:
+            with torch.no_grad():
+                return {"out": call(x)}
+
+        return forward
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in x.items()}
+    gradient = torch.randn_like(x["v"])
+
+    def both() -> dict[str, Tensor]:
+        out = call(leaves)
+        grads = torch.autograd.grad(out, list(leaves.values()), gradient)
+        return {"out": out.detach(), **{f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}, "gradient": gradient}
+
+    return both
+
+
+def errors_of(form: Form, call: Call, width: int, device: str, mode: str, seed: int) -> dict[str, float]:
+    """Relative L2 errors against the definition in float64 at a small size."""
+    import_effcompile()
+    from effcompile.ops.recurrence import reference
+
+    b, t, h = SMALL
+    x = inputs_of(form, (b, t, h, width), device, seed)
+    got = step_of(call, x, mode)()
+    leaves = {name: tensor.double().requires_grad_() for name, tensor in x.items()}
+    v, operands, spec = specified(form, leaves)
+    wanted = reference(v, operands, spec, dtype=torch.float64)[0].transpose(1, 2)
+    errors = {"out": relative_l2(got["out"], wanted.detach())}
+    if mode != "forward":
+        grads = torch.autograd.grad(wanted, list(leaves.values()), got["gradient"].double())
+        errors |= {f"d{name}": relative_l2(got[f"d{name}"], grad) for name, grad in zip(leaves, grads, strict=True)}
+    return errors
+
+
+def floor_ms(form: Form, shape: tuple[int, int, int, int], device: str, mode: str) -> float | None:
+    """The least time that this device's measured peaks allow; None where they are not known."""
+    name = torch.cuda.get_device_name() if device == "cuda" else ""
+    peaks = next((value for key, value in PEAKS.items() if key in name), None)
+    if peaks is None:
+        return None
+    backward = mode != "forward"
+    return max(form.flops(shape, backward=backward) / peaks[0], form.bytes(shape, backward=backward) / peaks[1]) * 1e3
+
+
+def child(form: Form, size: str, contender: str, mode: str, device: str, seed: int, scale: int) -> dict[str, Any]:
+    """One measurement, in this process."""
+    b, t, h, d = SHAPES[size]
+    shape = (b, t // scale, h, d)
+    try:
+        call = CALLS[contender](form)
+    except (ImportError, AttributeError) as error:
+        return {"status": f"not importable: {error}"}
+    try:
+        torch.manual_seed(seed)
+        x = inputs_of(form, shape, device, seed)
+        step = step_of(call, x, mode)
+        _, first_s = first_call(step, device)
+        peak, ms, floor = peak_mb(step, device), median_ms(step, device), floor_ms(form, shape, device, mode)
+        result: dict[str, Any] = {"status": "ok", "ms": round(ms, 4), "first_s": round(first_s, 2)}
+        result |= {"peak_mb": None if peak is None else round(peak, 1), "floor_ms": floor and round(floor, 4)}
+        result["of_floor"] = floor and round(floor / ms, 3)
+        return result | {"errors": errors_of(form, call, d, device, mode, seed)}
+    except Exception as error:  # a contender that fails is a result, and the others still run
+        return failure(error)
+
+
+def bars(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """How many times faster than fla-core, row by row, beside the bar of 1.5."""
+    timed = {(r["row"], r["size"], r["mode"], r["contender"]): r for r in results if r["status"] == "ok"}
+    found = []
+    for (row, size, mode, contender), ours in timed.items():
+        theirs = timed.get((row, size, mode, "fla"))
+        if contender == "effcompile" and theirs is not None:
+            times = round(theirs["ms"] / ours["ms"], 2)
+            found.append({"row": row, "size": size, "mode": mode, "times_faster_than_fla": times, "at_least_1.5": times >= 1.5})
+    return found
+
+
+def run(args: argparse.Namespace) -> None:
+    """All measurements, written out after each."""
+    budget, path = Budget(args.budget), result_path("recurrence", args.device, args.out)
+    payload: dict[str, Any] = {"benchmark": "recurrence", "environment": environment(args.device), "notes": NOTES}
+    payload |= {"dtype": "bfloat16", "seed": args.seed, "scale": args.scale, "results": [], "bars": []}
+    for row in select(list(FORMS), args.rows):
+        for size in select(list(SHAPES), args.sizes):
+            for mode in args.modes.split(","):
+                for contender in select(list(CONTENDERS), args.contenders):
+                    result: dict[str, Any] = {"row": row, "size": size, "mode": mode, "contender": contender}
+                    if budget.left < 10:
+                        result["status"] = f"skipped: {args.budget:.0f} s were spent"
+                    else:
+                        with tempfile.TemporaryDirectory(prefix="effcompile-bench-", ignore_cleanup_errors=True) as caches:
+                            asked = [row, size, contender, mode, args.device, str(args.seed), str(args.scale)]
+                            variables = cache_environment(Path(caches))
+                            result |= run_child(__file__, asked, timeout=min(TIMEOUT_S, budget.left), variables=variables)
+                    payload["results"].append(result)
+                    payload["bars"] = bars(payload["results"])
+                    write_json(path, payload)
+                    show(result)
+    print(f"written to {path}")
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print one result on one line."""
+    head = f"{result['row']:<11} {result['size']:<16} {result['mode']:<17} {result['contender']:<11}"
+    if "ms" not in result:
+        print(head, result["status"], result.get("error", "")[:140], flush=True)
+        return
+    worst = max(result["errors"].values())
+    print(
+        f"{head}{result['ms']:9.4f} ms  floor {result['floor_ms']}  first {result['first_s']:6.1f} s  error {worst:.1e}", flush=True
+    )
+
+
+def main() -> None:
+    """Read the command line, measure, write the JSON file."""
+    if sys.argv[1:2] == ["--child"]:
+        row, size, contender, mode, device, seed, scale = sys.argv[2:]
+        answer(child(FORMS[row], size, contender, mode, device, int(seed), int(scale)))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", help="comma-separated parts of: " + ", ".join(FORMS))
+    parser.add_argument("--sizes", help="comma-separated parts of: " + ", ".join(SHAPES))
+    parser.add_argument("--contenders", help="comma-separated parts of: " + ", ".join(CONTENDERS))
+    parser.add_argument("--modes", default=",".join(MODES), help="comma-separated: forward, forward+backward")
+    parser.add_argument("--budget", type=float, default=900.0, help="seconds; what does not fit is skipped")
+    parser.add_argument("--scale", type=int, default=1, help="divide the steps by this: a quick try, not a figure")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(4), "little"))
+    parser.add_argument("--out", help="the JSON file (default: $OUT or benchmarks/results)")
+    args = parser.parse_args()
+    unknown = set(args.modes.split(",")) - set(MODES)
+    if unknown:
+        raise SystemExit(f"Expected modes of {MODES} but got {sorted(unknown)}")
+    run(args)
+
+
+if __name__ == "__main__":
+    main()

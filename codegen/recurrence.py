@@ -1,0 +1,341 @@
+"""Linear recurrences of any specification, forward and backward, on a GPU: chooses kernels and their configuration, launches them.
+
+    out, normaliser, final = forward(v, operands, spec, layout)
+    gradients = backward(grad, grad_normaliser, grad_final, v, operands, out, spec)
+
+with operands and results as `ops.recurrence` says. States that k writes and q reads go through `recurrence_kernels`, chunk by
+chunk on the matrix units; states of one row and decays of each element through `scan`, step by step in registers.
+
+What a program holds and why, for B x H heads of a state [Dk, Dv] over T steps: the state stays in registers (BLOCK_M of its
+columns), and each chunk of C = 64 steps is read once. At D = 128, a chunk costs 64 (4 D BLOCK_M + 128 (D + BLOCK_M)) operations
+and brings 64 (2 D + BLOCK_M) elements, so that programs of 64 columns are bound by memory, and two of them share a processor of
+227 KB and 64 K registers: one computes while the other waits. Programs of 32 columns read q and k twice as often, from the
+second-level cache, and are taken where 64 would leave processors without work: at B 1, H 32, D 128 on 132 processors, 128
+programs of 32 columns. Fewer heads than that are cut in time, which reads k and v twice, see `recurrence_launches.plan`. Chunk
+states never go to memory, but for the gradient of a decay: one state for each chunk then saves what would otherwise be a
+difference of large sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import KernelError
+from ..ops.recurrence import RecurrenceSpec, empty_output, reference, reference_backward, state_shape
+from . import attention, emit
+from .attention import DTYPES, Arch
+from .launching import width_of
+from .recurrence_source import Settings
+from .recurrence_source import source as source_text
+from .trust import compared, trust
+
+MAX_WIDTH = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """Columns of the state and steps of a chunk, and how one program runs."""
+
+    block_m: int
+    chunk: int
+    num_warps: int
+    num_stages: int
+
+    def options(self) -> dict[str, int]:
+        """As constants of a kernel launch."""
+        return {"BLOCK_M": self.block_m, "C": self.chunk, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Tiles of the passes whose state is [Dk, Dv], the widest first, and of those whose state is [Dv, Dk]."""
+
+    tiles: tuple[Tile, ...]
+    exchanged: tuple[Tile, ...]
+    step_columns: int = 32
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What a configuration depends on, beside the specification: never a length. `constant`: the decay is the same at all times."""
+
+    d_k: int
+    d_v: int
+    dtype: torch.dtype
+    arch: Arch
+    constant: bool = False
+
+
+def forward(
+    v: Tensor,
+    operands: Sequence[Tensor],
+    spec: RecurrenceSpec,
+    layout: str,
+    *,
+    config: Config | None = None,
+    segments: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`(out, normaliser, final)`, as `ops.recurrence.reference`; `segments`: parts that time is cut into, chosen if not given.
+
+    Raises:
+        KernelError: shapes or dtypes that the kernels do not take, or a kernel that disagrees with the reference on this machine.
+    """
+    if steps_alone(spec):
+        return _scan().forward(v, operands, spec, layout)
+    x = _checked(v, operands, spec)
+    if v.shape[2] == 0 or v.numel() == 0:
+        return _nothing(v, operands, spec, layout)
+    module = _kernels(v, x, spec, config)
+    trust(module, v.device, "forward", lambda: disagreement(module, spec, v.device, "forward"))
+    v, x = _one_dtype(v, x)
+    return module.forward(v, **x, layout=layout, segments=segments)
+
+
+def backward(
+    grad: Tensor | None,
+    grad_normaliser: Tensor | None,
+    grad_final: Tensor | None,
+    v: Tensor,
+    operands: Sequence[Tensor],
+    out: Tensor | None,
+    spec: RecurrenceSpec,
+    *,
+    config: Config | None = None,
+    segments: int | None = None,
+) -> list[Tensor]:
+    """Gradients of `v` and of each operand; those of results may be `None`.
+
+    Raises:
+        KernelError: shapes or dtypes that the kernels do not take, or a kernel that disagrees with the reference on this machine.
+    """
+    if steps_alone(spec):
+        return _scan().backward(grad, grad_normaliser, grad_final, v, operands, out, spec)
+    x = _checked(v, operands, spec)
+    if v.shape[2] == 0 or v.numel() == 0:
+        return reference_backward(grad, grad_normaliser, grad_final, v, operands, out, spec)
+    module = _kernels(v, x, spec, config)
+    trust(module, v.device, "backward", lambda: disagreement(module, spec, v.device, "backward"))
+    same_v, same = _one_dtype(v, x)
+    found = module.backward(grad, grad_normaliser, grad_final, same_v, **same, segments=segments)
+    return [_like(found["v"], v), *(_like(found[name], x[name]) for name in spec.operands)]
+
+
+def steps_alone(spec: RecurrenceSpec) -> bool:
+    """Whether the matrix units have no part in it: one row, or a decay of each element."""
+    return not spec.has_rows or spec.decay == "full"
+
+
+def source(spec: RecurrenceSpec, problem: Problem, *, config: Config | None = None) -> str:
+    """The text of the kernel file for a specification and a problem."""
+    config = config or default_config(spec, problem)
+    settings = Settings(
+        d_k=problem.d_k,
+        d_v=problem.d_v,
+        dtype=str(problem.dtype).removeprefix("torch."),
+        constant=problem.constant,
+        joined=not problem.arch.startswith("sm_10"),
+        near=6.0 if problem.dtype == torch.float16 else 96.0,
+        tiles=[tile.options() for tile in config.tiles],
+        exchanged=[tile.options() for tile in config.exchanged],
+        step={"BLOCK_M": config.step_columns, "num_warps": 4},
+    )
+    return source_text(spec, settings)
+
+
+def _scan() -> ModuleType:
+    from . import scan
+
+    return scan
+
+
+def _kernels(v: Tensor, x: Mapping[str, Tensor], spec: RecurrenceSpec, config: Config | None) -> ModuleType:
+    constant = "gate" in x and all(x[name].shape[2] == 1 for name in ("gate", "rate") if name in x)
+    dtype = _common(v, x)
+    return _module(spec, x["k"].shape[-1], v.shape[-1], dtype, v.device, constant, config, attention._directory)
+
+
+@lru_cache(maxsize=1024)
+def _module(
+    spec: RecurrenceSpec,
+    d_k: int,
+    d_v: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    constant: bool,
+    config: Config | None,
+    directory: Path | None,
+) -> ModuleType:
+    problem = Problem(d_k=d_k, d_v=d_v, dtype=dtype, arch=attention.architecture(device), constant=constant)
+    return emit.load_kernel(emit.write_kernel(source(spec, problem, config=config), directory, family="recurrence"))
+
+
+def _checked(v: Tensor, operands: Sequence[Tensor], spec: RecurrenceSpec) -> dict[str, Tensor]:
+    if len(operands) != len(spec.operands):
+        raise KernelError(f"Expected operands={spec.operands!r} but got {len(operands)} tensors.")
+    x = spec.named(operands)
+    q, k = x["q"], x["k"]
+    if not (v.ndim == k.ndim == 4 and q.shape == k.shape and v.shape[:1] == k.shape[:1] and v.shape[2] == k.shape[2]):
+        raise KernelError(
+            f"Expected v [B, H, T, Dv] and q, k [B, Hk, T, Dk] but got v={tuple(v.shape)}, q={tuple(q.shape)}, k={tuple(k.shape)}."
+        )
+    if v.shape[1] % max(k.shape[1], 1):
+        raise KernelError(f"Expected H to be a multiple of Hk but got H={v.shape[1]!r}, Hk={k.shape[1]!r}.")
+    if _common(v, x) not in DTYPES:
+        raise KernelError(f"Expected q, k and v of {DTYPES} but got {q.dtype}, {k.dtype}, {v.dtype}. Cast them first.")
+    return x
+
+
+def _common(v: Tensor, x: Mapping[str, Tensor]) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(x["q"].dtype, x["k"].dtype), v.dtype)
+
+
+def _one_dtype(v: Tensor, x: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    dtype = _common(v, x)
+    return v.to(dtype), {**x, "q": x["q"].to(dtype), "k": x["k"].to(dtype)}
+
+
+def _nothing(v: Tensor, operands: Sequence[Tensor], spec: RecurrenceSpec, layout: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The results of no steps, or of none that have a size."""
+    out, x = empty_output(v, spec, layout), spec.named(operands)
+    final = x["initial"].float().clone() if "initial" in x else v.new_zeros(state_shape(v, x, spec), dtype=torch.float32)
+    return out, v.new_empty(v.shape[:3] if spec.normaliser else (0,), dtype=torch.float32), final
+
+
+def _like(gradient: Tensor, x: Tensor) -> Tensor:
+    """In the dtype and the order in memory of `torch.empty_like(x)`."""
+    wanted = torch.empty_like(x)
+    if gradient.dtype == x.dtype and gradient.stride() == wanted.stride():
+        return gradient
+    return wanted.copy_(gradient)
+
+
+# --------------------------------------------------------------------------------------------------------------- configurations
+
+_SHARED_KB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_103": 227, "gfx950": 160, "gfx942": 64}
+_FRAGMENTS = ("sm_80", "sm_86", "sm_89", "sm_120")  # where products take the state from registers, once more
+_STATE_A_THREAD = 64  # float32 values of the state
+_SPARE_KB = 16
+
+
+def default_config(spec: RecurrenceSpec, problem: Problem) -> Config:
+    """The configuration for a problem, by a fixed rule: kind of decay, dimensions, dtype, architecture.
+
+    Raises:
+        KernelError: head dimensions beyond MAX_WIDTH.
+    """
+    if max(problem.d_k, problem.d_v) > MAX_WIDTH:
+        raise KernelError(f"Expected head dimensions up to {MAX_WIDTH} but got d_k={problem.d_k!r}, d_v={problem.d_v!r}.")
+    n, m = width_of(problem.d_k), width_of(problem.d_v)
+    tiles, exchanged = _tiles(n, m, spec, problem), _tiles(m, n, spec, problem)
+    if spec.decay == "head":
+        exchanged = exchanged[-1:]  # the sums for the gradient of the decay take the registers of the wider tile
+    chunk = min(tile.chunk for tile in (*tiles, *exchanged))  # states that are kept for that gradient are shared by passes
+    return Config(
+        tiles=tuple(replace(tile, chunk=chunk) for tile in tiles), exchanged=tuple(replace(tile, chunk=chunk) for tile in exchanged)
+    )
+
+
+def _tiles(rows: int, columns: int, spec: RecurrenceSpec, problem: Problem) -> tuple[Tile, ...]:
+    """Of 64 and of 32 columns, as far as there are so many: the first leave room for a second program, the last are alone."""
+    widths = sorted({min(columns, width) for width in (64, 32)}, reverse=True)
+    vector = spec.decay in ("key", "value")
+    if problem.dtype == torch.float32 or vector or rows >= 256 or (rows >= 128 and problem.arch in _FRAGMENTS):
+        widths = widths[-1:]  # [C, rows] of decays in float32 take the registers of the wider tile
+    return tuple(_tile(rows, width, problem, vector=vector, alone=width == widths[-1]) for width in widths)
+
+
+def _tile(rows: int, block_m: int, problem: Problem, *, vector: bool, alone: bool) -> Tile:
+    """A state of at most 64 values a thread; the largest chunk up to 64 steps of which the shared memory holds one beside the
+    state; chunks in flight, up to three with the one at work, as they fit the shared memory or half of it.
+
+    Blackwell's loads are not pipelined: Triton 3.6 and 3.7 keep a sum that other products read in a copy that lags behind.
+    """
+    crowded = rows >= 256 or (rows >= 128 and (vector or problem.arch in _FRAGMENTS))
+    warps = 8 if crowded else max(4, rows * block_m // (32 * _STATE_A_THREAD))
+    size, room = problem.dtype.itemsize, (_SHARED_KB.get(problem.arch, 99) - _SPARE_KB) * 1024
+    room = room if alone else room // 2
+    state = rows * block_m * size
+    chunk = 32 if problem.dtype == torch.float32 or problem.arch.startswith("gfx") else 64
+    scratch = (2 * rows if vector else block_m) * size  # of a step: what is written in the operands' dtype
+    while (
+        chunk > 16 and chunk * (2 * rows + block_m) * size + state + chunk * scratch > (_SHARED_KB.get(problem.arch, 99) - 8) * 1024
+    ):
+        chunk //= 2
+    stages = max(1, min(3, (room - state - chunk * scratch) // (chunk * (2 * rows + block_m) * size)))
+    if problem.arch in ("sm_100", "sm_103", "cpu") or problem.arch.startswith("gfx"):
+        stages = 1
+    return Tile(block_m=block_m, chunk=chunk, num_warps=warps, num_stages=stages)
+
+
+def candidates(spec: RecurrenceSpec, problem: Problem) -> tuple[Config, ...]:
+    """The default configuration first, then others worth timing."""
+    base = default_config(spec, problem)
+    found = [base]
+    for changes in ({"num_stages": 1}, {"num_stages": 2}, {"num_stages": 3}, {"num_warps": 4}, {"num_warps": 8}, {"chunk": 32}):
+        pair = [tuple(replace(tile, **changes) for tile in tiles) for tiles in (base.tiles, base.exchanged)]
+        found.append(Config(tiles=pair[0], exchanged=pair[1]))
+    return tuple(dict.fromkeys(found))
+
+
+# ----------------------------------------------------------------------------------------------------------------------- trust
+
+_LENGTH, _HEADS = 150, 2  # two whole chunks and a part of one
+
+
+def disagreement(module: ModuleType, spec: RecurrenceSpec, device: torch.device, direction: str) -> str:
+    """Why a kernel file is not to be trusted on a device: empty if each tile gives what the reference gives, on a small problem."""
+    v, operands, grads = example(module, spec, device)
+    exact = [v.float(), *(x.float() for x in operands)]
+    x = spec.named(operands)
+    if direction == "forward":
+        wanted = dict(zip(("out", "normaliser", "final"), reference(exact[0], exact[1:], spec), strict=True))
+    else:
+        by_out, by_normaliser, by_final = [None if g is None else g.float() for g in grads]
+        found = reference_backward(by_out, by_normaliser, by_final, exact[0], exact[1:], None, spec)
+        wanted = dict(zip(("v", *spec.operands), found, strict=True))
+    for tile in range(max(len(module.TILES), len(module.EXCHANGED_TILES))):
+        for segments in (1, 2):
+            options = {"segments": segments, "tile": tile}
+            if direction == "forward":
+                got = dict(zip(wanted, module.forward(v, **x, **options), strict=True))
+            else:
+                got = module.backward(*grads, v, **x, **options)
+            why = compared(got, wanted, v.dtype, direction)
+            if why:
+                return why
+    return ""
+
+
+def example(module: ModuleType, spec: RecurrenceSpec, device: torch.device) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
+    """Operands of a small problem, and gradients of its results."""
+    d_k, d_v, dtype = module.SIZES
+    generator = torch.Generator(device="cpu").manual_seed(0)
+
+    def make(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    b, h, t = 1, _HEADS, _LENGTH
+    time = 1 if getattr(module, "CONSTANT_DECAY", False) else t
+    gate = {"head": (1, 1), "key": (d_k, 1), "value": (1, d_v)}.get(spec.decay, (1, 1))
+    columns = d_v + spec.normaliser
+    made = {
+        "q": make(b, h, t, d_k).mul(d_k**-0.5).to(dtype),
+        "k": make(b, h, t, d_k).to(dtype),
+        "gate": make(1, h, time, *gate).abs().mul(-0.2),
+        "rate": make(1, h, 1, 1, 1).abs(),
+        "bonus": make(1, h, 1, d_k),
+        "initial": make(b, h, d_k, columns),
+    }
+    grads = [make(b, h, t, d_v).to(spec.out_dtype), make(b, h, t) if spec.normaliser else None, make(b, h, d_k, columns)]
+    return make(b, h, t, d_v).to(dtype), [made[name] for name in spec.operands], grads

@@ -1,0 +1,105 @@
+"""`effcompile::recurrence` with plain ATen: the CPU's implementation, and what any device falls back to.
+
+rows    a state of one row: a scan of the output in place
+heads   one decay for a head, or none: chunks
+keys    one decay for each row of the state: chunks with scaled queries and keys
+steps   any other decay, few steps, and decays that let the state grow: step by step
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+
+from effcompile.ops.recurrence import RecurrenceSpec
+
+from . import recurrence_chunks as chunks
+from . import recurrence_chunks_backward as chunks_backward
+from . import recurrence_keys as keys
+from . import recurrence_keys_backward as keys_backward
+from . import recurrence_rows as rows
+from . import recurrence_step as step
+from . import recurrence_steps as steps
+from .recurrence_blocks import chunk_length
+
+Tensors = Mapping[str, torch.Tensor]
+Form = Literal["rows", "steps", "heads", "keys"]
+
+_FEW_STEPS = 4
+"""So many are soonest done step by step."""
+_GROWTH = 60.0
+"""The sum of positive log decays up to which what grows inside a chunk stays finite beside operands of ordinary size."""
+
+
+def forward(
+    v: torch.Tensor, operands: Sequence[torch.Tensor], spec: RecurrenceSpec, layout: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The output in memory as `layout` says, the normaliser and the last state, as `ops.recurrence.reference` defines them."""
+    x = spec.named(operands)
+    if spec.has_rows and v.shape[2] == 1:
+        return step.forward(v, x, spec, layout)
+    form, logs = choose(v, x, spec)
+    if form == "heads":
+        return chunks.forward(v, x, logs, spec, layout)
+    if form == "keys" and logs is not None:
+        return keys.forward(v, x, logs, spec, layout)
+    if form == "rows":
+        return rows.forward(v, x, spec, layout)
+    return steps.forward(v, x, spec, layout)
+
+
+def backward(
+    grad: torch.Tensor | None, grad_normaliser: torch.Tensor | None, grad_final: torch.Tensor | None,
+    v: torch.Tensor, operands: Sequence[torch.Tensor], out: torch.Tensor | None, spec: RecurrenceSpec,
+) -> list[torch.Tensor]:  # fmt: skip
+    """The gradients of v and of each operand, in their shapes and dtypes. `out` saves work where the state is one row."""
+    x = spec.named(operands)
+    form, logs = choose(v, x, spec)
+    if form == "heads":
+        found = chunks_backward.backward(grad, grad_normaliser, grad_final, v, x, logs, spec)
+    elif form == "keys" and logs is not None:
+        found = keys_backward.backward(grad, grad_normaliser, grad_final, v, x, logs, spec)
+    elif form == "rows":
+        found = rows.backward(grad, grad_final, v, x, out, spec)
+    else:
+        found = steps.backward(grad, grad_normaliser, grad_final, v, x, spec)
+    if "logs" in found:
+        found |= _gate_gradients(found["logs"].unsqueeze(-1), x)
+    return [_as_operand(found[name], like) for name, like in (("v", v), *x.items())]
+
+
+def _as_operand(gradient: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Summed over the dimensions of size 1, in the dtype and memory order that `torch.empty_like` gives."""
+    gradient, found = gradient.sum_to_size(like.shape), torch.empty_like(like)
+    if gradient.dtype == found.dtype and gradient.stride() == found.stride():
+        return gradient
+    return found.copy_(gradient)
+
+
+def _gate_gradients(d_logs: torch.Tensor, x: Tensors) -> dict[str, torch.Tensor]:
+    """From the gradient [B, H, T, Dk|1, 1] of the log decays."""
+    if "rate" not in x:
+        return {"gate": d_logs}
+    return {"gate": d_logs * x["rate"], "rate": d_logs * x["gate"]}
+
+
+def choose(v: torch.Tensor, x: Tensors, spec: RecurrenceSpec) -> tuple[Form, torch.Tensor | None]:
+    """How to compute, and the log decays [B|1, H|1, T|1, Dk|1] of the chunked forms, if they decay."""
+    if not spec.has_rows:
+        return "rows", None
+    if v.shape[2] < _FEW_STEPS:
+        return "steps", None
+    if spec.decay == "none":
+        return "heads", None
+    shapes = [x[name].shape for name in ("gate", "rate") if name in x]
+    if any(shape[4] != 1 for shape in shapes) or 0 in v.shape or x["k"].numel() == 0:
+        return "steps", None
+    logs = x["gate"].to(torch.promote_types(v.dtype, torch.float32))
+    logs = (logs * x["rate"] if "rate" in x else logs).squeeze(-1)
+    if float(logs.amax()) * chunk_length(x["k"].shape[-1], v.shape[-1] + spec.normaliser) > _GROWTH:
+        return "steps", None
+    if logs.shape[3] == 1:
+        return "heads", logs
+    return "keys", logs

@@ -1,0 +1,90 @@
+"""The second state of a normalised linear attention: the sum of the keys, beside the sum of their products with the values.
+
+S_t = a_t S_{t-1} + k_t v_t^T,   n_t = a_t n_{t-1} + k_t     read by the same queries: q_t^T S_t and q_t . n_t
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Node
+
+from effcompile.viewmaps import Index, shape_of
+
+from .factors import Factor, product
+from .reads import Read, is_zero
+from .sites import Site
+
+LINEAR_SCAN = torch.ops.effcompile.linear_scan.default
+
+Leaves = tuple[Any, Counter[Factor]]
+
+
+def normaliser_of(site: Site, read: Read, keys: Sequence[Factor], column: Any) -> Read | None:
+    """The read of the keys' own recurrence, its index in the symbols of `site`; None if there is none.
+
+    Args:
+        keys: what is written to the rows of the state.
+        column: the symbol of the state's columns.
+    """
+    if not is_zero(site.initial) or column is None:
+        return None
+    rows = tuple(s for s in site.symbols if s is not column)
+    for node in site.view.graph.nodes:
+        if node.target is LINEAR_SCAN and node is not site.anchor and _has_shape(node, rows, site):
+            found = _read_of(Site(node, site.view), site, read, keys, rows)
+            if found is not None:
+                return found
+    return None
+
+
+def _has_shape(node: Node, rows: Index, site: Site) -> bool:
+    return shape_of(node) == tuple(site.size(s) for s in rows) and node.meta["val"].dtype == site.anchor.meta["val"].dtype
+
+
+def _read_of(other: Site, site: Site, read: Read, keys: Sequence[Factor], rows: Index) -> Read | None:
+    reads = other.reads
+    if reads.whole or len(reads.contractions) != 1 or not is_zero(other.initial) or any(node.users for node in reads.last):
+        return None
+    total = reads.contractions[0]
+    renamed = dict(zip(other.symbols, rows, strict=True))
+
+    def here(factor: Factor) -> Factor:
+        return Factor(factor.node, tuple(term.xreplace(renamed) for term in factor.index))
+
+    alike = (
+        total.before == read.before and total.beside is None and renamed[total.summed] is read.summed
+        and _leaves([here(total.query)], site) == _leaves([read.query], site)
+        and _leaves([here(Factor(other.offset, other.index))], site) == _leaves(keys, site)
+        and _decays(other, renamed, site) == _decays(site, {}, site)
+    )  # fmt: skip
+    if not alike:
+        return None
+    return Read(
+        node=total.node, index=tuple(term.xreplace(renamed) for term in total.index), query=here(total.query), summed=read.summed,
+        before=total.before, beside=None,
+    )  # fmt: skip
+
+
+def _decays(own: Site, renamed: dict[Any, Any], site: Site) -> Leaves | None:
+    if own.coefficient is None:
+        return None
+    shape = shape_of(own.coefficient)
+    aligned = own.symbols[len(own.symbols) - len(shape) :]
+    index = tuple(s.xreplace(renamed) if n != 1 else sympy.S.Zero for s, n in zip(aligned, shape, strict=True))
+    return _leaves([Factor(own.coefficient, index)], site)
+
+
+def _leaves(factors: Sequence[Factor], site: Site) -> Leaves:
+    """A product, taken apart as far as it goes."""
+    scale: Any = sympy.S.One
+    found: Counter[Factor] = Counter()
+    for factor in factors:
+        parts = product(factor, site.ranges, lambda f: True)
+        scale = scale * parts.scale
+        found.update(parts.factors)
+    return scale, found

@@ -1,0 +1,319 @@
+"""h_t = a_t * h_{t-1} + x_t as one operation, together with the products that write and read the state where it is a matrix.
+
+    S_t = exp(g_t) * S_{t-1} + k_t v_t^T,   o_t = q_t^T S_t       without S_t for every t in memory
+
+Anchored at `linear_scan`, to which loops, scans and closed forms have been brought. The offset is taken apart into what depends on
+the dimension that the read-out sums over (k) and what depends on the others (v); the coefficient into a sum of logarithms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Node
+
+from effcompile.ir import Computed, Match, Operand, Rejected, Result, Rule, Work
+from effcompile.ops.recurrence import OPTIONAL, RecurrenceSpec
+from effcompile.pattern import GraphView, describe
+from effcompile.terms import Term
+from effcompile.viewmaps import Index, shape_of
+
+from .decays import Decay, decay_of
+from .factors import Factor, Mixed, product
+from .normalisers import normaliser_of
+from .reads import Read
+from .sites import Axes, B, C, D, H, I, Site
+from .specify import Stop
+
+aten = torch.ops.aten
+LINEAR_SCAN = torch.ops.effcompile.linear_scan.default
+
+_KEPT_STATES = 4  # times the operands that states of every step may take, if nothing but them is asked for
+
+
+def recognise(anchor: Node, view: GraphView) -> Match | Rejected:
+    """Match the recurrence behind a `linear_scan`, or say why not."""
+    try:
+        site = Site(anchor, view)
+        if _is_normaliser(site):
+            return Rejected(step="anchor", why="it is the normaliser of another recurrence", node=anchor)
+        return _matrix(site) or _elements(site)
+    except Stop as stop:
+        return stop.rejected
+
+
+def _is_normaliser(site: Site) -> bool:
+    """Whether another recurrence takes this one along."""
+    if len(site.reads.contractions) != 1:
+        return False
+    rank, read = len(site.shape), site.reads.contractions[0].node
+    for node in site.view.graph.nodes:
+        if node.target is LINEAR_SCAN and node is not site.anchor and len(shape_of(node)) == rank + 1:
+            try:
+                match = _matrix(Site(node, site.view))
+            except Stop:
+                continue
+            if match is not None and read in match.further:
+                return True
+    return False
+
+
+# -------------------------------------------------------------------- a matrix that is written and read by products
+
+
+def _matrix(site: Site) -> Match | None:
+    """The recurrence of a matrix, if its states are read by one contraction and written by an outer product; else None."""
+    if site.reads.whole or len(site.reads.contractions) != 1:
+        return None
+    read = site.reads.contractions[0]
+    if read.index.count(I) != 1:
+        return None
+    column = _column(site, read)
+    own = {read.summed, column} - {None}
+
+    def is_mixed(factor: Factor) -> bool:
+        return own <= factor.symbols if len(own) == 2 else False
+
+    written = product(Factor(site.offset, site.index), site.ranges, is_mixed)
+    keys = [f for f in written.factors if read.summed in f.symbols]
+    values = [f for f in written.factors if read.summed not in f.symbols]
+    if not keys or any(is_mixed(f) for f in keys):
+        return None
+    batch = [x for x in _in_order(read.index) if x is not column and x is not I and site.size(x) != 1]
+    if set(batch) | own != {x for x in site.symbols[1:] if site.size(x) != 1} | own:
+        return None
+    axes = Axes(site, batch, read.summed, column)
+    total = normaliser_of(site, read, [f for f in written.factors if column not in f.symbols], column)
+    if total is not None:  # what depends on neither is written with the keys
+        keys, values = ([f for f in written.factors if (column in f.symbols) == own_column] for own_column in (False, True))
+    decay = decay_of(site.coefficient, site.symbols, site.ranges, own)
+    inputs: dict[str, Any] = {
+        "v": axes.operand(values, axes.roles(B, H, I, D), "value", full=(B, H, I, D)),
+        "q": axes.operand([read.query], axes.roles(B, H, I, C), "query", full=(B, I, C), grouped=True),
+        "k": axes.operand(keys, axes.roles(B, H, I, C), "key", written.scale, full=(B, I, C), grouped=True),
+    }
+    inputs |= _decay_operands(decay, axes)
+    if decay.signed:
+        inputs |= _with_signs(decay.signed, inputs, axes, site)
+    bonus = _bonus(site, read, written.factors, axes, is_mixed)
+    if bonus is not None:
+        inputs["bonus"] = bonus
+    initial = site.initial_factor()
+    if initial is not None:
+        inputs["initial"] = axes.operand(
+            [initial], axes.roles(B, H, C, D), "initial state", full=(B, H, C, D), dtype=_state_dtype(site)
+        )
+    spec = _spec(inputs, "before" if read.before else "after", read.node)
+    further = {node: Result(name="final", layout=axes.at(index)) for node, index in site.reads.last.items() if node.users}
+    if total is not None and not further and spec.can_normalise:
+        spec = replace(spec, normaliser=True)
+        further = {total.node: Result(name="normaliser", layout=axes.at(total.index))}
+    return _match(site, spec, inputs, read.node, axes.at(read.index), further, matrix=True)
+
+
+def _in_order(index: Index) -> list[Any]:
+    """The symbols of an index, dimension by dimension, the most significant first."""
+    found: list[Any] = []
+    for term in index:
+        found += sorted(term.free_symbols, key=lambda s: -int(term.coeff(s)))
+    return found
+
+
+def _symbols_of(index: Index) -> set[Any]:
+    return {s for term in index for s in term.free_symbols}
+
+
+def _column(site: Site, read: Read) -> Any:
+    """The dimension of the values: the last that neither queries nor the decay depend on; else the last that queries do not."""
+    free = [x for x in site.symbols[1:] if x is not read.summed and x not in read.query.symbols and site.size(x) != 1]
+    if not free:
+        return None
+    decays = set() if site.coefficient is None else _varying(site.coefficient, site.symbols)
+    quiet = [x for x in free if x not in decays]
+    return (quiet or free)[-1]
+
+
+def _varying(node: Node, symbols: Index) -> set[Any]:
+    """The symbols along which a node, right-aligned, is not of size 1."""
+    shape = shape_of(node)
+    return {s for s, n in zip(symbols[len(symbols) - len(shape) :], shape, strict=True) if n != 1}
+
+
+def _decay_operands(decay: Decay, axes: Axes) -> dict[str, Any]:
+    roles = axes.roles(B, H, I, C, D)
+    found: dict[str, Any] = {}
+    for name, terms in (("gate", decay.gate), ("rate", decay.rate)):
+        if terms:
+            found[name] = decay.computed([axes.operand(p.factors, roles, "decay", p.scale) for p in terms], terms)
+    return found
+
+
+def _with_signs(signed: Sequence[Factor], inputs: dict[str, Any], axes: Axes, site: Site) -> dict[str, Any]:
+    """Queries and keys times the product of the decay's signs up to their step."""
+    if any(s in axes.at(f.index) for f in signed for s in (D,)) or site.reads.last and any(x.users for x in site.reads.last):
+        raise Stop(
+            "decay", "a decay that may be negative differs from column to column, or the last state is asked for", site.anchor
+        )
+    if inputs.get("bonus") is not None or site.reads.contractions[0].before:
+        raise Stop("decay", "a decay that may be negative is read before the update", site.anchor)
+    roles = axes.roles(B, H, I, C)
+    factor = axes.operand(signed, roles, "decay", full=(I,))
+    found = {}
+    for name in ("q", "k"):
+        own = inputs[name]
+        parts = own.parts if isinstance(own, Computed) else (own,)
+        others = factor.parts if isinstance(factor, Computed) else (factor,)
+
+        def compute(builder: Any, nodes: Sequence[Node], own: Any = own, count: int = len(parts)) -> Node:
+            value = own.compute(builder, nodes[:count]) if isinstance(own, Computed) else nodes[0]
+            decay = factor.compute(builder, nodes[count:]) if isinstance(factor, Computed) else nodes[count]
+            zero = builder.call(aten.lt.Scalar, decay, 0)
+            flips = builder.call(aten.cumsum.default, zero, 2)
+            odd = builder.call(aten.remainder.Scalar, flips, 2)
+            sign = builder.call(aten.rsub.Scalar, builder.call(aten.mul.Scalar, odd, 2), 1)
+            return builder.call(aten.mul.Tensor, value, sign)
+
+        heads = own.shape[1] if factor.shape[1] == 1 else axes.extents[H]
+        if heads != own.shape[1] and own.shape[1] != 1:
+            raise Stop("decay", "a decay that may be negative differs within a group of heads", site.anchor)
+        found[name] = Computed(
+            parts=(*parts, *others), compute=compute, shape=(own.shape[0], heads, *own.shape[2:]), dtype=own.dtype
+        )  # fmt: skip
+    return found
+
+
+def _bonus(site: Site, read: Read, written: Sequence[Factor], axes: Axes, is_mixed: Mixed) -> Operand | Computed | None:
+    """`u` of q . (S + u * k v^T)."""
+    if read.beside is None:
+        return None
+    if not read.before:
+        raise Stop("reads", "something is added to the states before they are read", read.beside.node)
+    beside = product(read.beside, site.ranges, is_mixed)
+    rest = list(beside.factors)
+    for factor in written:
+        if factor not in rest:
+            raise Stop("reads", "what is added to the states before they are read is not what is written", read.beside.node)
+        rest.remove(factor)
+    if any(not f.symbols <= {read.summed, *axes.terms} for f in rest):
+        raise Stop("reads", "what is added to the states before they are read is not what is written", read.beside.node)
+    return axes.operand(rest, axes.roles(B, H, I, C), "bonus", beside.scale, full=(C,))
+
+
+# -------------------------------------------------------------------- a state of which every element goes by itself
+
+
+def _elements(site: Site) -> Match:
+    """The recurrence of a vector whose states are asked for as they are."""
+    _check_kept(site)
+    sizes = {x: site.size(x) for x in site.symbols[1:]}
+    own = [x for x in site.symbols[1:] if sizes[x] != 1]
+    column = own[-1] if own else None
+    axes = Axes(site, [x for x in own if x is not column], None, column)
+    inputs: dict[str, Any] = {
+        "v": axes.operand([Factor(site.offset, site.index)], axes.roles(B, H, I, D), "offset", full=(B, H, I, D),
+                          dtype=site.anchor.meta["val"].dtype),
+    }  # fmt: skip
+    kind: Any = "none"
+    if site.coefficient is not None:
+        gate = Factor(site.coefficient, _aligned(site.coefficient, site.symbols))
+        roles = axes.roles(B, H, I, C, D)
+        inputs["gate"] = axes.operand([gate], roles, "coefficient")
+        kind = "value" if inputs["gate"].shape[4] != 1 else "head"
+    initial = site.initial_factor()
+    if initial is not None:
+        inputs["initial"] = axes.operand(
+            [initial], axes.roles(B, H, C, D), "initial state", full=(B, H, C, D), dtype=_state_dtype(site)
+        )
+    spec = RecurrenceSpec(
+        operands=tuple(name for name in OPTIONAL if name in inputs), decay=kind, gate="factor" if kind != "none" else "log",
+        out=str(site.anchor.meta["val"].dtype).removeprefix("torch."),
+    )  # fmt: skip
+    return _match(site, spec, inputs, site.anchor, axes.at(site.symbols), {}, matrix=False)
+
+
+def _aligned(node: Node, symbols: Index) -> Index:
+    shape = shape_of(node)
+    return tuple(s if n != 1 else sympy.S.Zero for s, n in zip(symbols[len(symbols) - len(shape) :], shape, strict=True))
+
+
+def _check_kept(site: Site) -> None:
+    """Refuse to keep states of every step where a loop would have kept one."""
+    whole = _symbols_of(site.index)
+    parts = product(Factor(site.offset, site.index), site.ranges, lambda f: f.symbols == whole)
+    states = sympy.Mul(*site.shape)
+    needed = sum((sympy.Mul(*shape_of(f.node)) for f in parts.factors), sympy.S.Zero)
+    if not (states.is_Integer and sympy.sympify(needed).is_Integer) or not parts.factors:
+        return
+    if len(parts.factors) > 1 and states > _KEPT_STATES * needed and states > 2**20:
+        user = next(iter((*site.reads.whole, *(r.node for r in site.reads.contractions))), site.anchor)
+        raise Stop(
+            "reads", f"its states, {int(states) * 4 // 2**20} MiB over all steps, would have to be kept for {describe(user)}", user
+        )  # fmt: skip
+
+
+# -------------------------------------------------------------------- the match
+
+
+def _state_dtype(site: Site) -> torch.dtype:
+    return torch.promote_types(site.anchor.meta["val"].dtype, torch.float32)
+
+
+def _spec(inputs: dict[str, Any], read: Any, output: Node) -> RecurrenceSpec:
+    return RecurrenceSpec(
+        operands=tuple(name for name in OPTIONAL if name in inputs), decay=_decay_kind(inputs), gate="log", read=read,
+        out=str(output.meta["val"].dtype).removeprefix("torch."),
+    )  # fmt: skip
+
+
+def _decay_kind(inputs: dict[str, Any]) -> Any:
+    """Along which dimensions of the state the decay differs."""
+    given = [inputs[name] for name in ("gate", "rate") if name in inputs]
+    if not given:
+        return "none"
+    rows, columns = (any(x.shape[k] != 1 for x in given) for k in (3, 4))
+    return {(False, False): "head", (True, False): "key", (False, True): "value", (True, True): "full"}[rows, columns]
+
+
+def _match(
+    site: Site,
+    spec: RecurrenceSpec,
+    inputs: dict[str, Any],
+    output: Node,
+    layout: Index,
+    last: dict[Node, Result],
+    *,
+    matrix: bool,
+) -> Match:
+    view = site.view
+    dead = view.dead_without(output, *last)
+    if matrix and site.anchor not in dead:
+        raise Stop("uses", "the states are also used by something else", site.anchor)
+    ordered = {name: inputs[name] for name in ("v", *spec.operands)}
+    trains = any(view.needs_gradient(node, site.anchor) for x in ordered.values() for node in x.bases)
+    return Match(
+        family="recurrence", anchor=site.anchor, output=output, spec=spec, inputs=ordered, interior=frozenset(dead), layout=layout,
+        further=last, trains=trains, leaving=_leaving(site),
+    )  # fmt: skip
+
+
+def _leaving(site: Site) -> Work:
+    """One step after the other: a few small operations each, which read and write the state."""
+    steps, state = site.shape[0], sympy.Mul(*site.shape[1:])
+    return Work(flops=4 * steps * state, bytes=12 * steps * state, launches=_count(steps) * 3)
+
+
+def _count(steps: Term) -> int:
+    return int(steps) if steps.is_Integer else 1024
+
+
+RECURRENCE = Rule(
+    name="recurrence",
+    family="recurrence",
+    summary="a linear recurrence, as a loop, a scan or in closed form",
+    anchors=frozenset({LINEAR_SCAN}),
+    recognise=recognise,
+)

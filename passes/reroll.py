@@ -1,0 +1,137 @@
+"""A Python loop over time or chunks that was unrolled becomes one scan again.
+
+h1 = f(h0, x[:, 0]); h2 = f(h1, x[:, 1]); ...; y = stack([h1, h2, ...], 1)
+    ->  h, ys = scan(f, h0, x.transpose(0, 1)); y = ys.transpose(0, 1)
+
+The same operators run on the same values in the same order: equal to the last bit where they compute alike on any strides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch.fx import GraphModule, Node
+
+from effcompile._regions import mode_regions, requires_grad
+from effcompile.errors import EffcompileError, summary
+from effcompile.loops import Loop, RefusedError, Steps, Stretch, best_rotation, difference, moves, stretches
+from effcompile.pattern import source_line
+from effcompile.repeats import Repeats, Run, items_of
+from effcompile.rolled import loop_of
+
+from .rollup import Replacement, Rolled, can_run
+
+# Measured for an RNN and an LSTM on a CPU: from here on an unrolled loop takes longer to compile, and gains less by its fused kernels.
+LEAST_STEPS = 64
+_FEWEST = 3  # two steps may be alike by chance
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rerolled:
+    """What became of a graph's loops; `refused` has a sentence with the source line for each that stays unrolled."""
+
+    loops: tuple[Rolled, ...] = ()
+    refused: tuple[str, ...] = ()
+
+
+@dataclass
+class _Found:
+    loops: list[Loop] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+
+
+def find_loops(
+    module: GraphModule, *, least_steps: int = LEAST_STEPS, mutating: frozenset[Node] = frozenset()
+) -> tuple[tuple[Loop, ...], tuple[str, ...]]:
+    """The outermost unrolled loops of at least `least_steps` steps, and for each that cannot be rolled up a sentence that says why.
+
+    The graph is left as it is. Nodes in `mutating` write behind its back: no loop has one inside.
+    """
+    if least_steps < _FEWEST:
+        raise EffcompileError(f"Expected at least {_FEWEST} steps to a loop but got {least_steps=}")
+    items = items_of(module.graph, mode_regions(module.graph, mutating))
+    places = {item.node: place for place, item in enumerate(items)}
+    found = _Found()
+    repeats = Repeats(items, least_steps)
+    for run in repeats:
+        steps = Steps.of(items, places, run)
+        equal = stretches(steps, least_steps)
+        loops = _loops_in(run, steps, equal, least_steps, found)
+        if loops:
+            found.loops += loops
+            repeats.take(run.end)
+        elif equal:
+            repeats.refuse(run)
+    return tuple(found.loops), tuple(dict.fromkeys(found.refused))
+
+
+def _loops_in(run: Run, steps: Steps, equal: list[Stretch], least: int, found: _Found) -> list[Loop]:
+    """The loops among the stretches of equal steps of a run."""
+    if not equal:
+        if moves(steps.lines(steps.count - 1)):
+            found.refused.append(_sentence(*difference(steps)))
+        return []
+    rotation = best_rotation(equal[0], run)
+    candidates = equal
+    if rotation:
+        candidates = stretches(Steps.of(steps.items, steps.places, run, rotation), least) or equal
+    loops = []
+    for stretch in candidates:
+        try:
+            loop = loop_of(stretch)
+        except RefusedError as error:
+            if moves(stretch.lines):
+                found.refused.append(_sentence(error.why, error.node))
+            continue
+        if loop.xs or loop.collected:
+            loops.append(loop)
+    return loops
+
+
+def _sentence(why: str, node: Node) -> str:
+    where = source_line(node)
+    return f"a loop stays unrolled: {why}{f' ({where})' if where else ''}"
+
+
+# -------------------------------------------------------------------- the pass
+
+
+def reroll(
+    module: GraphModule,
+    *,
+    least_steps: int = LEAST_STEPS,
+    mutating: frozenset[Node] = frozenset(),
+    accept: Callable[[Loop], str | None] = lambda loop: None,
+    certain: Callable[[Loop], bool] = lambda loop: False,
+) -> Rerolled:
+    """Replace each unrolled loop of at least `least_steps` steps by a scan. A loop inside the steps of another stays in its body.
+
+    `accept` gives a reason to leave a loop unrolled, or None. A loop whose scan cannot be built stays as it is. A graph with a scan
+    that trains is to be compiled within `effcompile._torch.keeping_saved_tensors()`. `certain` loops are rolled up whether torch can
+    run them or not: their scan will not be run.
+    """
+    rolled: list[Rolled] = []
+    requiring = requires_grad(module)
+    changed = True
+    while changed:
+        changed = False
+        loops, sentences = find_loops(module, least_steps=least_steps, mutating=mutating)
+        refused = dict.fromkeys(sentences)
+        renamed: dict[Node, Node] = {}
+        for loop in loops:
+            trains = any(node in requiring for node in loop.nodes)
+            sure = certain(loop)
+            why = None if sure else accept(loop) or can_run(loop, trains, requiring)
+            if why is None:
+                try:
+                    rolled.append(Replacement(module, loop, None if sure else trains, requiring, renamed).carry_out())
+                    changed = True
+                except Exception as error:
+                    why = f"an internal failure: {summary(error)}"
+            if why is not None:
+                refused[_sentence(why, loop.first)] = None
+        if changed:
+            module.graph.lint()
+            module.recompile()
+    return Rerolled(loops=tuple(rolled), refused=tuple(refused))

@@ -1,0 +1,73 @@
+"""Every generated recurrence kernel builds for every target GPU and fits its shared memory, on no GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from effcompile.codegen import aot, recurrence
+from effcompile.codegen.recurrence import Problem
+from effcompile.errors import KernelError
+from effcompile.ops.recurrence import RecurrenceSpec
+
+SPECS = {
+    "none": RecurrenceSpec(operands=("q", "k", "initial"), out="bfloat16"),
+    "head": RecurrenceSpec(operands=("q", "k", "gate", "initial"), decay="head", out="bfloat16"),
+    "normaliser": RecurrenceSpec(operands=("q", "k", "gate"), decay="head", normaliser=True, out="bfloat16"),
+    "bonus": RecurrenceSpec(operands=("q", "k", "bonus"), read="before", out="bfloat16"),
+    "key": RecurrenceSpec(operands=("q", "k", "gate", "initial"), decay="key", out="bfloat16"),
+    "value": RecurrenceSpec(operands=("q", "k", "gate", "initial"), decay="value", out="bfloat16"),
+}
+# Bytes of spilled registers a thread. Decays by row or column may spill in the branch for distant steps, which few chunks take.
+SPILLED = {"forward": 128, "backward": 256}
+QUICK = {
+    ("cuda:90", "none", 128),
+    ("cuda:90", "head", 128),
+    ("cuda:80", "none", 64),
+    ("hip:gfx942", "head", 64),
+    ("cuda:100", "head", 64),
+}
+MATRIX = [
+    pytest.param(
+        target, name, width, id=f"{target}-{name}-D{width}", marks=() if (target, name, width) in QUICK else pytest.mark.slow
+    )
+    for target in ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
+    for name in SPECS
+    for width in (64, 128, 256)
+]
+
+
+@pytest.mark.parametrize(("target", "name", "width"), MATRIX)
+def test_the_chosen_configuration_fits(target: str, name: str, width: int) -> None:
+    spec, problem = SPECS[name], Problem(d_k=width, d_v=width, dtype=torch.bfloat16, arch=aot.architecture(target))
+    config = recurrence.default_config(spec, problem)
+    for tile in range(len(config.tiles)):
+        for direction, limit in SPILLED.items():
+            reports = aot.compile_recurrence(spec, problem, target=target, tile=tile, directions=(direction,))
+            assert len(reports) == {"forward": 1, "backward": 4 if name == "value" else 3}[direction]
+            assert [report for report in reports if not report.fits] == []
+            if target in ("cuda:90", "hip:gfx942") and spec.decay in ("none", "head"):
+                assert [report for report in reports if report.spill_bytes > limit] == []
+
+
+@pytest.mark.parametrize("target", ["cuda:90", "hip:gfx942"])
+def test_segments_and_few_steps(target: str) -> None:
+    problem = Problem(d_k=64, d_v=64, dtype=torch.bfloat16, arch=aot.architecture(target))
+    parts = aot.compile_recurrence(SPECS["head"], problem, target=target, segments=4, directions=("forward",))
+    assert [report.kernel for report in parts] == ["replay_kernel", "carry_kernel", "replay_kernel"]
+    few = aot.compile_recurrence(SPECS["head"], problem, target=target, steps=1, directions=("forward",))
+    assert [report.kernel for report in few] == ["step_kernel"]
+    assert all(report.fits and report.spill_bytes == 0 for report in few)
+
+
+def test_chunks_are_loaded_ahead_on_hopper() -> None:
+    problem = Problem(d_k=128, d_v=128, dtype=torch.bfloat16, arch="sm_90")
+    narrow = recurrence.default_config(SPECS["none"], problem).tiles[-1]
+    report = aot.compile_recurrence(SPECS["none"], problem, target="cuda:90", tile=1, directions=("forward",))[0]
+    assert report.shared_bytes >= 2 * narrow.chunk * (2 * 128 + narrow.block_m) * 2, "two chunks of q, k and v at least"
+
+
+def test_an_unknown_target_is_refused() -> None:
+    problem = Problem(d_k=64, d_v=64, dtype=torch.bfloat16, arch="sm_90")
+    with pytest.raises(KernelError, match="Expected one of .* but got target='cuda:1'"):
+        aot.compile_recurrence(SPECS["none"], problem, target="cuda:1")
