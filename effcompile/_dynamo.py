@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ import torch._inductor
 import torch._logging
 import torch.compiler.config
 from torch.fx import GraphModule
+
+from ._torch import keeping_saved_tensors
 
 _UNLIMITED = 1 << 20
 
@@ -76,9 +79,15 @@ def inductor(module: GraphModule, example_inputs: Any, settings: Mapping[str, An
     from torch._inductor.compile_fx import compile_fx
 
     tags = torch.compiler.config.cache_key_tag + tag
-    with torch.compiler.config.patch(cache_key_tag=tags):  # type: ignore[attr-defined]
+    scans = any(node.target is torch.ops.higher_order.scan for inner in _graphs(module) for node in inner.graph.nodes)
+    safely = keeping_saved_tensors() if scans else contextlib.nullcontext()
+    with safely, torch.compiler.config.patch(cache_key_tag=tags):  # type: ignore[attr-defined]
         compiled: Callable[..., Any] = compile_fx(module, example_inputs, config_patches=dict(settings) or None)
     return compiled
+
+
+def _graphs(module: GraphModule) -> list[GraphModule]:
+    return [inner for inner in module.modules() if isinstance(inner, GraphModule)]
 
 
 def artifact(name: str, payload: Callable[[], str]) -> None:

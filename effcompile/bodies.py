@@ -57,7 +57,8 @@ class Body:
         self.xs: list[tuple[Part, int]] = []
         self.invariants: list[Node] = []
         with _fake_mode(states.values()), torch.no_grad():
-            self._inputs(states, dict.fromkeys(ref for place in places for ref in place.inputs.values()) | dict.fromkeys((*outputs, *updates)))
+            taken = (ref for place in places for ref in place.inputs.values())
+            self._inputs(states, dict.fromkeys((*taken, *outputs, *updates)))
             for ref, whole, index in self._reads:
                 self._nodes[ref] = self._call(aten.select.int, (self._nodes[whole], whole.key[0].dim, index), {})
             for place in places:

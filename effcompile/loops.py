@@ -16,7 +16,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from .ir import Operand
-from .positions import read_part
+from .positions import is_moved, read_part
 from .repeats import Item, Run
 
 _DEEPEST = 2  # from how many steps before a value may be carried
@@ -24,7 +24,7 @@ _DEEPEST = 2  # from how many steps before a value may be carried
 
 @dataclass(frozen=True, kw_only=True)
 class Write:
-    """Scatters of one value a step: y_t goes to positions `start + stride * t` along `dim`, `length` of them (None: one, dropped)."""
+    """Scatters of one value a step: y_t goes to `length` positions of `dim` (None: one, dropped) from `start + stride * t` on."""
 
     collected: int
     dim: int
@@ -218,15 +218,10 @@ def _begins(steps: Steps, every: Sequence[tuple[Line, ...]], first: int) -> bool
             init = steps.item(first - 1, offset).inputs[k]
             if inits.setdefault(source.offset, init) is not init or not _is_alike(init, steps.item(first, source.offset).node):
                 return False
-        for k, source in enumerate(line.sources):
-            if source.kind == "read" and not _precedes(steps.item(first - 1, offset).inputs[k], steps.item(first, offset).inputs[k], source):
-                return False
+        places = zip(steps.item(first - 1, offset).inputs, steps.item(first, offset).inputs, line.sources, strict=True)
+        if not all(source.kind != "read" or is_moved(before, after, source.stride) for before, after, source in places):
+            return False
     return True
-
-
-def _precedes(before: Node, after: Node, source: Source) -> bool:
-    earlier, later = read_part(before), read_part(after)
-    return earlier is not None and later is not None and earlier.is_like(later) and later.start - earlier.start == source.stride
 
 
 def _is_alike(one: Node, other: Node) -> bool:
@@ -262,10 +257,10 @@ def moves(lines: Sequence[Line]) -> bool:
 
 
 def best_rotation(stretch: Stretch, run: Run) -> int:
-    """At which item of a run its steps begin: where least is carried; of equals, at the run's start, else so that its end is a step's.
+    """At which item of a run its steps begin: where least is carried.
 
-    A boundary elsewhere must carry less than one of those two by two values; of equals there, the one where the program jumps back
-    to an earlier line.
+    Of equals, at the run's start; else so that the run's end is a step's. A boundary elsewhere must carry less than those by two
+    values; of several there, the one where the program jumps back to an earlier line.
     """
     period = run.period
     crossing = _crossings(stretch.lines, period)

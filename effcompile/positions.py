@@ -53,6 +53,12 @@ def written_part(node: Node) -> Part | None:
     return _sliced(node) if node.target is aten.slice_scatter.default else None
 
 
+def is_moved(before: Node, after: Node, stride: int | None) -> bool:
+    """Whether two nodes read the same but for `stride` positions by which the second is further on."""
+    one, other = read_part(before), read_part(after)
+    return one is not None and other is not None and one.is_like(other) and other.start - one.start == stride
+
+
 def given(node: Node) -> dict[str, Any]:
     """The arguments of an ATen node by name, defaults filled in."""
     assert isinstance(node.target, OpOverload)
@@ -91,7 +97,8 @@ def _sliced(node: Node) -> Part | None:
     if place is None or arguments["step"] != 1:
         return None
     dim, size = place
-    start, end = _from_front(arguments["start"] or 0, size), _from_front(_END if arguments["end"] is None else arguments["end"], size)
+    start = _from_front(arguments["start"] or 0, size)
+    end = _from_front(_END if arguments["end"] is None else arguments["end"], size)
     length = node.meta["val"].shape[dim] if node.target is aten.slice.Tensor else None
     if size is not None and start is not None and end is not None:
         start = min(start, size)

@@ -80,8 +80,9 @@ def _item(node: Node, labels: dict[Hashable, int], region: int) -> Item:
         inputs = [argument for argument in node.args[: 1 if read else 2] if isinstance(argument, Node)]
         form: Hashable = (part.dim, part.length)
     else:
-        form = tuple(_form(a, inputs, numbers, _holds_number(node, k)) for k, a in enumerate(node.args)), tuple(
-            (name, _form(a, inputs, numbers, False)) for name, a in node.kwargs.items()
+        form = (
+            tuple(_form(a, inputs, numbers, _holds_number(node, k)) for k, a in enumerate(node.args)),
+            tuple((name, _form(a, inputs, numbers, False)) for name, a in node.kwargs.items()),
         )
     key = (node.op, node.target, form, _described(node.meta.get("val")), region)
     return Item(node, labels.setdefault(key, len(labels)), tuple(inputs), tuple(numbers), read, written)
@@ -111,7 +112,7 @@ def _described(value: Any) -> Hashable:
         return tuple(str(n) for n in value.shape), value.dtype, value.device
     if isinstance(value, (tuple, list)):
         return tuple(_described(part) for part in value)
-    return type(value)
+    return str(type(value))
 
 
 class Repeats:
@@ -130,7 +131,7 @@ class Repeats:
         self._refused: list[Run] = []
 
     def __iter__(self) -> Iterator[Run]:
-        """Runs of at least `least` periods. After each, `take` what was made of it, or `refuse` it; otherwise all periods are tried."""
+        """Runs of at least `least` periods. After each, `take` what was made of it or `refuse` it, or other periods are tried."""
         while self._place < len(self._labels):
             start = self._place
             for run in self._runs_at(start):

@@ -1,7 +1,7 @@
 """From equal steps to a loop: what is carried, read, collected and written, and the body that does it.
 
-A step's nodes are sorted: invariant ones are computed once, outside; reads at moving positions become the loop's xs; scatters at moving
-positions into a buffer that nothing else looks at become collected values; the rest, as far as something needs it, is the body.
+A step's nodes are sorted: invariant ones are computed once, outside; reads at moving positions become the loop's xs; scatters at
+moving positions into a buffer that nothing else looks at become collected values; of the rest, the body is what something needs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .bodies import Body, Place, Ref, operand_of
 from .builder import is_pure
 from .ir import Operand
 from .loops import Buffer, Loop, RefusedError, Source, Stretch, Write
-from .positions import Part, read_part
+from .positions import Part, is_moved, read_part
 from .repeats import Item
 
 aten = torch.ops.aten
@@ -29,7 +29,7 @@ _COPIED_META = ("stack_trace", "nn_module_stack", "source_fn_stack")
 
 @dataclass(frozen=True)
 class Chain:
-    """Scatters, by offset, of which each step's first takes the buffer that the last of the step before gave; `entry` is the first."""
+    """Scatters, by offset, each step's first into the buffer that the last of the step before gave; `entry` is the first buffer."""
 
     members: tuple[int, ...]
     entry: Node
@@ -56,7 +56,9 @@ class _Rolling:
         self._nodes = frozenset(node for window in self._windows for node in window if node is not None)
         self._initial: dict[Any, Operand] = {}
         self._update: dict[Any, Ref] = {}
-        self._refs = self._find_refs()
+        self._element_of: dict[Any, int] = {}
+        self._refs: list[Ref] = []
+        self._find_refs()
 
     # what may not be in a loop ------------------------------------------------------------------------------------------
 
@@ -70,7 +72,11 @@ class _Rolling:
             tags = getattr(node.target, "tags", ())
             if torch.Tag.nondeterministic_seeded in tags:
                 raise RefusedError("random numbers are drawn in it", node)
-            place = node if node.meta.get("stack_trace") else next((i.node for i in self._typical if i.node.meta.get("stack_trace")), node)
+            place = (
+                node
+                if node.meta.get("stack_trace")
+                else next((i.node for i in self._typical if i.node.meta.get("stack_trace")), node)
+            )
             raise RefusedError("its steps do more than compute values", place)
 
     # the last step, of which what nobody needs is gone --------------------------------------------------------------------
@@ -113,14 +119,13 @@ class _Rolling:
         if source.kind == "carry":
             return node is self._windows[-source.lag][source.offset]
         if source.kind == "read":
-            part, earlier = read_part(node), read_part(previous)
-            return part is not None and earlier is not None and part.is_like(earlier) and part.start == earlier.start + source.stride  # type: ignore[operator]
+            return is_moved(previous, node, source.stride)
         return (f"attribute {node.target}" if node.op == "get_attr" else node) == source.node
 
     def _may_be_missing(self, offset: int) -> bool:
         """Whether the node of the last step, had it been there, would have read where there is something."""
         line, item = self._lines[offset], self._item(-1, offset)
-        reads = [(item.read, line.stride)] if item.read and line.stride else []
+        reads: list[tuple[Part | None, int | None]] = [(item.read, line.stride)] if line.stride else []
         for node, source in zip(item.inputs, line.sources, strict=True):
             if source.kind == "read":
                 reads.append((read_part(node), source.stride))
@@ -150,7 +155,7 @@ class _Rolling:
         return tuple(chains)
 
     def _read_from(self, chain: Chain, offset: int) -> Ref:
-        """What a read from a buffer under way gives: what was written this step, or one before, or what was there before the loop."""
+        """What a read from a buffer under way gives: what was written this step, or one before, or what was there at first."""
         line, item = self._lines[offset], self._item(0, offset)
         part, source, node = item.read, line.sources[0], self._typical[offset].node
         if part is None:
@@ -179,9 +184,8 @@ class _Rolling:
     def _carried_element(self, offset: int, member: int, chain: Chain, part: Part) -> Ref:
         key = ("read", offset)
         value = self._typical[offset].node.meta["val"]
-        if part.length is None:
-            view = (aten.select.int, (part.dim, part.start))
-        else:
+        view: tuple[Any, tuple[Any, ...]] = (aten.select.int, (part.dim, part.start))
+        if part.length is not None:
             view = (aten.slice.Tensor, (part.dim, part.start, part.start + part.length))
         self._initial[key] = Operand(base=chain.entry, views=(view,), shape=tuple(value.shape), dtype=value.dtype)
         self._element_of[key] = member
@@ -189,9 +193,7 @@ class _Rolling:
 
     # every node of a step ---------------------------------------------------------------------------------------------------
 
-    def _find_refs(self) -> list[Ref]:
-        self._refs: list[Ref] = []
-        self._element_of: dict[Any, int] = {}
+    def _find_refs(self) -> None:
         for offset in range(self._period):
             self._refs.append(self._classified(offset))
         for key in self._initial:
@@ -199,7 +201,6 @@ class _Rolling:
                 self._update[key] = self._ref_of(self._element_of[key], 1)
             elif key[1] == 1:
                 self._update[key] = self._refs[key[0]]
-        return self._refs
 
     def _classified(self, offset: int) -> Ref:
         line, item = self._lines[offset], self._typical[offset]
@@ -267,7 +268,9 @@ class _Rolling:
             raise RefusedError("it carries nothing from step to step", self._typical[0].node)
         if len(needed) == 1 and not outputs.refs:
             raise RefusedError("a step is one operator, and the steps together are one sum or product", self._typical[0].node)
-        body = Body({key: self._initial[key] for key in carries}, self._places(needed), [self._update[key] for key in carries], outputs.refs)
+        body = Body(
+            {key: self._initial[key] for key in carries}, self._places(needed), [self._update[key] for key in carries], outputs.refs
+        )
         place, first = self._windows[1][0], self._windows[0][0]
         assert place is not None and first is not None
         return Loop(

@@ -48,10 +48,11 @@ _POSITIVE = (aten.sigmoid.default, aten.exp.default)
 def recognise(anchor: Node, view: GraphView) -> Match | Rejected:
     """Match the recurrence whose chunks a node puts together, or say at which step and why it is none that we take."""
     found: Match | Rejected = Rejected(step="anchor", why="no chunks of positions are put together", node=anchor)
-    for merge in merges_at(anchor):
-        region = region_of(merge)
-        if region is None or not _is_quadratic(region):
-            continue
+    try:
+        regions = [region for merge in merges_at(anchor) if (region := region_of(merge)) is not None and _is_quadratic(region)]
+    except Unsupported as error:  # of symbolic sizes
+        return Rejected(step="anchor", why=str(error), node=anchor)
+    for region in regions:
         try:
             return _Chunked(region, view).match()
         except Stop as stop:

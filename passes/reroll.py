@@ -22,7 +22,7 @@ from effcompile.rolled import loop_of
 
 from .rollup import Replacement, Rolled, can_run
 
-# Measured for an RNN and an LSTM on a CPU: from here on an unrolled loop takes longer to compile, and gains less by its fused kernels.
+# Measured with an RNN and an LSTM on a CPU: from here on an unrolled loop takes longer to compile than a scan.
 LEAST_STEPS = 64
 _FEWEST = 3  # two steps may be alike by chance
 
@@ -107,9 +107,9 @@ def reroll(
 ) -> Rerolled:
     """Replace each unrolled loop of at least `least_steps` steps by a scan. A loop inside the steps of another stays in its body.
 
-    `accept` gives a reason to leave a loop unrolled, or None. A loop whose scan cannot be built stays as it is. A graph with a scan
-    that trains is to be compiled within `effcompile._torch.keeping_saved_tensors()`. `certain` loops are rolled up whether torch can
-    run them or not: their scan will not be run.
+    `accept` gives a reason to leave a loop unrolled, or None. A loop whose scan cannot be built stays as it is. `certain` loops are
+    rolled up whether torch can run them or not: their scan will not be run. A graph with a scan is to be compiled by
+    `_dynamo.inductor`, or within `_torch.keeping_saved_tensors()`.
     """
     rolled: list[Rolled] = []
     requiring = requires_grad(module)

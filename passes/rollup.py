@@ -1,7 +1,7 @@
 """A proven loop and the scan that takes its place, in a form that torch can run.
 
-Torch's scan wants of a body that its results share no memory with each other or with its inputs, and that states keep their shape, dtype
-and strides. `can_run` says of which loops it has no gradient.
+Torch's scan wants of a body that its results share no memory with each other or with its inputs, and that states keep their shape,
+dtype and strides. `can_run` says of which loops it has no gradient.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def can_run(loop: Loop, trains: bool, requiring: Collection[Node] = ()) -> str |
 def gradients(loop: Loop, requiring: Collection[Node]) -> tuple[list[torch.Tensor], dict[Node, torch.Tensor | None]]:
     """The body's results, and the gradients that reach its inputs, as fake tensors.
 
-    All floating-point states require a gradient, and so do all other floating-point inputs where torch needs it; else those that do.
+    All floating-point states require a gradient; of the other floating-point inputs, all where torch needs it, else those that do.
     """
     places = [node for node in loop.body.graph.nodes if node.op == "placeholder"]
     sources = [*(x.base for x in loop.xs), *([None] * (not loop.xs)), *loop.invariants]

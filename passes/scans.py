@@ -1,6 +1,6 @@
 """Writes recurrences that were found as `linear_scan`, at the place and in the form of what they replace.
 
-    h_t = c_t * h_{t-1} + o_t    ->    permute(linear_scan(c, o, initial)),  the steps along the scan's first dimension
+h_t = c_t * h_{t-1} + o_t    ->    permute(linear_scan(c, o, initial)),  the steps along the scan's first dimension
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def _added(builder: Builder, left: Node | None, right: Node, negative: bool) -> 
 
 
 def _aligned(builder: Builder, node: Node, dims: Sequence[int | None], order: Sequence[int]) -> Node:
-    """An operand whose dimensions are the result's `dims`, with the result's dimensions in `order`: of length 1 where it has none."""
+    """An operand whose dimensions are the result's `dims`, with the result's in `order`: of length 1 where it has none."""
     kept = [k for k, d in enumerate(dims) if d in order]
     gone = [k for k, d in enumerate(dims) if d not in order]
     for k in reversed(gone):

@@ -12,10 +12,8 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from torch._dynamo.backends.debugging import aot_eager
-from torch._inductor.compile_fx import compile_fx
 
-from effcompile import debug
-from effcompile._torch import keeping_saved_tensors
+from effcompile import _dynamo, debug
 from effcompile.builder import Builder
 from effcompile.errors import EffcompileError
 from effcompile.passes import rollup
@@ -56,11 +54,12 @@ def as_it_is(module: torch.fx.GraphModule, inputs: list[Any]) -> Any:
 
 
 def inductor(module: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-    with keeping_saved_tensors():
-        return compile_fx(module, inputs)
+    return _dynamo.inductor(module, inputs, {})
 
 
-def rolled(f: Callable[..., Any], *args: Any, compiler: Any = aot_eager, train: bool = True, least: int = 4, tol: float = 1e-5) -> Outcome:
+def rolled(
+    f: Callable[..., Any], *args: Any, compiler: Any = aot_eager, train: bool = True, least: int = 4, tol: float = 1e-5
+) -> Outcome:
     """`f` with its loops rolled up, whose outputs and gradients must be those of `f`, and whose outputs' strides too."""
     outcome = Outcome()
 
@@ -81,7 +80,9 @@ def rolled(f: Callable[..., Any], *args: Any, compiler: Any = aot_eager, train: 
             _scalar(want).backward()
             for a, b in zip(ours, theirs, strict=True):
                 if isinstance(a, torch.Tensor) and a.requires_grad:
-                    torch.testing.assert_close(*(g.grad if g.grad is not None else torch.zeros_like(g) for g in (a, b)), rtol=tol, atol=tol)
+                    torch.testing.assert_close(
+                        *(g.grad if g.grad is not None else torch.zeros_like(g) for g in (a, b)), rtol=tol, atol=tol
+                    )
     outcome.value = got
     return outcome
 
@@ -102,7 +103,10 @@ def _compare(got: Any, want: Any, tol: float) -> None:
 
 def _scalar(value: Any) -> torch.Tensor:
     weights = (1.0 + 0.1 * k for k in itertools.count())
-    return sum((w * (x.float() * x.float().cos()).sum() for w, x in zip(weights, _tensors(value), strict=False) if x.requires_grad), torch.zeros(()))
+    return sum(
+        (w * (x.float() * x.float().cos()).sum() for w, x in zip(weights, _tensors(value), strict=False) if x.requires_grad),
+        torch.zeros(()),
+    )
 
 
 def inputs(*shapes: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
@@ -520,16 +524,42 @@ FORMS: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...], list[int
 @pytest.mark.parametrize("name", FORMS)
 def test_a_form_of_loop(name):
     f, shapes, steps = FORMS[name]
-    outcome = rolled(f, *inputs(*shapes))
-    if torch_version() < (2, 13) and name in ("generated", "compared"):
-        (why,) = outcome.rerolled.refused
-        assert "no gradient where none reaches" in why
-        outcome = rolled(f, *inputs(*shapes), train=False)
+    outcome = rolled(f, *inputs(*shapes), compiler=as_it_is, train=False)
     assert outcome.steps == steps
     assert not outcome.rerolled.refused
 
 
-@pytest.mark.parametrize("name", ["lstm", "chunks", "in place", "both ways", "masked"])
+TRAINING = (
+    "lstm",
+    "chunks",
+    "two layers",
+    "windows",
+    "in place",
+    "second order",
+    "inner values",
+    "transposed state",
+    "without gradient",
+)
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_gradients(name):
+    f, shapes, steps = FORMS[name]
+    assert rolled(f, *inputs(*shapes)).steps == steps
+
+
+@pytest.mark.parametrize("name", ["generated", "compared"])
+def test_gradients_where_none_reaches_an_input(name):
+    f, shapes, steps = FORMS[name]
+    outcome = rolled(f, *inputs(*shapes))
+    if torch_version() < (2, 13):
+        (why,) = outcome.rerolled.refused
+        assert "no gradient where none reaches" in why
+    else:
+        assert outcome.steps == steps
+
+
+@pytest.mark.parametrize("name", ["lstm", "in place", "masked"])
 def test_gradients_where_the_input_needs_none(name):
     f, shapes, steps = FORMS[name]
 
@@ -539,10 +569,9 @@ def test_gradients_where_the_input_needs_none(name):
     assert rolled(constant_input, *inputs(*shapes)).steps == steps
 
 
-@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("name", ["two layers", "transposed state"])
+@pytest.mark.parametrize(("name", "train"), [("recomputed", False), ("two layers", True)], ids=["eval", "train"])
 def test_inductor(name, train):
-    """A state alone; states of two loops that begin alike; states and their gradients in other memory orders."""
+    """A scan with one result; first states and gradients of two loops that are alike."""
     f, shapes, steps = FORMS[name]
     assert rolled(f, *inputs(*shapes), compiler=inductor, train=train).steps == steps
 
@@ -658,7 +687,13 @@ def looked_at_in_between(x, w, v):
 
 @pytest.mark.parametrize(
     ("f", "steps"),
-    [(other_weight_once, [5, 6]), (reset_once, [6, 6]), (jump_once, [6, 4]), (other_function_once, [4, 7]), (looked_at_in_between, [8, 4])],
+    [
+        (other_weight_once, [5, 6]),
+        (reset_once, [6, 6]),
+        (jump_once, [6, 4]),
+        (other_function_once, [4, 7]),
+        (looked_at_in_between, [8, 4]),
+    ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_regular_stretches_of_an_irregular_loop(f, steps):
@@ -794,22 +829,37 @@ def test_a_buffer_that_is_looked_at_in_between():
     assert rolled(buffer_in_between, *inputs((B, T, D), (D, D))).steps == [4, 4]
 
 
-@pytest.mark.parametrize("f", [nothing_carried, lambda x, w: cell(cell(cell(x[:, 0], x[:, 1], w), x[:, 2], w), x[:, 3], w)], ids=["map", "few"])
+@pytest.mark.parametrize(
+    "f", [nothing_carried, lambda x, w: cell(cell(cell(x[:, 0], x[:, 1], w), x[:, 2], w), x[:, 3], w)], ids=["map", "few"]
+)
 def test_what_is_no_loop(f):
     outcome = rolled(f, *inputs((B, T, D), (D, D)), least=5)
     assert outcome.scans == 0 and not outcome.rerolled.refused
 
 
-def test_under_autocast():
-    def f(x, w):
-        h, outs = torch.zeros(B, D), []
-        with torch.autocast("cpu", torch.bfloat16):
-            for t in range(T):
-                h = cell(h, x[:, t], w)
-                outs.append(h)
-        return torch.stack(outs, 1)
+def recurrent(x, w):
+    h, outs = torch.zeros(B, D), []
+    for t in range(T):
+        h = cell(h, x[:, t], w)
+        outs.append(h)
+    return torch.stack(outs, 1)
 
-    rolled(f, *inputs((B, T, D), (D, D)), tol=1e-2)
+
+def test_autocast_inside_the_graph():
+    """The body would have to be under autocast by itself."""
+
+    def f(x, w):
+        with torch.autocast("cpu", torch.bfloat16):
+            return recurrent(x, w)
+
+    outcome = rolled(f, *inputs((B, T, D), (D, D)), compiler=as_it_is, train=False, tol=0)
+    assert outcome.scans == 0 and "gives another shape or dtype" in outcome.rerolled.refused[0]
+
+
+def test_autocast_around_the_graph():
+    with torch.autocast("cpu", torch.bfloat16):
+        outcome = rolled(recurrent, *inputs((B, T, D), (D, D)), train=False, tol=0)
+    assert outcome.steps == [T]
 
 
 def test_too_few_steps_are_no_loop():
@@ -899,7 +949,7 @@ def function_of(loop):
     return f
 
 
-@hypothesis.settings(max_examples=30, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.settings(max_examples=20, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 @hypothesis.given(loop=loops())
 def test_any_loop_comes_out_equal(loop):
     f, args = function_of(loop), inputs((B, T + 1, D), (D, D))
@@ -914,7 +964,7 @@ def test_any_loop_comes_out_equal(loop):
         torch.testing.assert_close(graph(*(values[name] for name in names)), want, rtol=1e-6, atol=1e-6)
 
 
-@hypothesis.settings(max_examples=6, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.settings(max_examples=4, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 @hypothesis.given(loop=loops())
 def test_any_loop_has_the_same_gradients(loop):
     rolled(function_of(loop), *inputs((B, T + 1, D), (D, D)))
@@ -934,7 +984,9 @@ def test_ten_thousand_nodes():
             for t in range(500):
                 value = builder.call(aten.select.int, x, 1, t)
                 gate = builder.call(aten.sigmoid.default, value)
-                h = builder.call(aten.add.Tensor, builder.call(aten.mul.Tensor, gate, h), builder.call(aten.matmul.default, value, w))
+                h = builder.call(
+                    aten.add.Tensor, builder.call(aten.mul.Tensor, gate, h), builder.call(aten.matmul.default, value, w)
+                )
                 h = builder.call(aten.tanh.default, h)
                 outs.append(h)
             x = builder.call(aten.stack.default, outs, 1)
@@ -949,7 +1001,9 @@ def test_ten_thousand_nodes():
 
 
 @pytest.mark.parametrize(
-    ("name", "steps"), [("rwkv", [64, 64]), ("mamba_seqscan", [64, 64]), ("recurrent_gemma", [64]), ("xlstm", [4, 4])], ids=lambda v: str(v)
+    ("name", "steps"),
+    [("rwkv", [64, 64]), ("mamba_seqscan", [64, 64]), ("recurrent_gemma", [64]), ("xlstm", [4, 4])],
+    ids=lambda v: str(v),
 )
 def test_a_model(name, steps):
     model, arguments = build(name)
@@ -960,7 +1014,8 @@ def test_a_model(name, steps):
         before = len(lifted.graph_module.graph.nodes)
         outcome = reroll(lifted.graph_module, least_steps=4, mutating=lifted.mutating)
         found.extend(loop.steps for loop in outcome.loops)
-        assert len(lifted.graph_module.graph.nodes) < before - 10 * sum(steps) // 4
+        after = len(lifted.graph_module.graph.nodes)
+        assert after < before - 2 * sum(loop.steps for loop in outcome.loops) or not outcome.loops
         return as_it_is(lifted.graph_module, inputs)
 
     with torch.no_grad():

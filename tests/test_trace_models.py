@@ -90,7 +90,9 @@ def test_training_step(name: str) -> None:
     expected, expected_gradients = step(model, model, inputs)
     actual, gradients = step(model, torch.compile(model, backend=backend), inputs)
     assert relative_error(actual, expected) <= 1e-6
-    assert gradients.keys() == expected_gradients.keys()
-    worst = max(relative_error(gradients[key], expected_gradients[key]) for key in gradients)
+    assert gradients.keys() >= expected_gradients.keys()
+    beside = gradients.keys() - expected_gradients.keys()  # compiled code may send zeros to what an unused output depends on
+    assert not any(gradients[key].any() for key in beside)
+    worst = max(relative_error(gradients[key], expected_gradients[key]) for key in expected_gradients)
     assert worst <= 2e-5
     assert_refusals(name, backend)
