@@ -2,10 +2,10 @@
 
     python benchmarks/recurrent_models.py [--models mamba,rwkv] [--contenders eager,effarch] [--timeout 600] [--out FILE]
 
-Each pair of model and contender runs in a process of its own from empty caches. A result holds median milliseconds of a forward pass over
-the prompt, seconds of the first call, of those what Dynamo's tracing took (which no backend can shorten), and the relative L2
-error of the logits against eager in float64 on a CPU, in float32 on a GPU. Widths are the published ones on a GPU, narrower on a
-CPU.
+Each pair of model and contender runs in a process of its own from empty caches. A result holds median milliseconds of a forward
+pass over the prompt, seconds of the first call, of those what Dynamo's tracing took (which no backend can shorten), and the
+relative L2 error of the logits against eager in float64 on a CPU, in float32 on a GPU. Widths are the published ones on a GPU,
+narrower on a CPU.
 """
 
 from __future__ import annotations

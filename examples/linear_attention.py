@@ -1,9 +1,9 @@
 """One gated linear attention written four ways, in plain PyTorch: effarch makes the same operation of each.
 
-    python examples/linear_attention.py
+python examples/linear_attention.py
 
-    S_t = exp(g_t) S_{t-1} + k_t v_t^T,   o_t = S_t^T q_t          (Mamba-2, simple GLA; q, k [B, H, T, K], v [B, H, T, V], g [B,
-    H, T])
+S_t = exp(g_t) S_{t-1} + k_t v_t^T,   o_t = S_t^T q_t          (Mamba-2, simple GLA; q, k [B, H, T, K], v [B, H, T, V], g [B,
+H, T])
 """
 
 from __future__ import annotations
