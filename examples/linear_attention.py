@@ -16,7 +16,7 @@ from torch._higher_order_ops.scan import scan
 
 import effcompile
 
-BATCH, HEADS, TOKENS, KEY, VALUE, CHUNK = 1, 4, 256, 32, 64, 32
+BATCH, HEADS, TOKENS, KEY, VALUE, CHUNK = 1, 4, 128, 32, 64, 32
 
 
 def as_loop(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
