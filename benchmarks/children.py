@@ -9,19 +9,27 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from common import ROOT
+from common import ROOT, failure
 
 MARK = "RESULT "
 
 
 def run_child(script: str, arguments: list[str], *, timeout: float, variables: Mapping[str, str] | None = None) -> dict[str, Any]:
     """The result of `script --child *arguments`, with `process_s`; on a crash or a timeout, a status that says so."""
-    command = [sys.executable, script, "--child", *arguments]
     start = time.perf_counter()
+    results, status = run_children(script, arguments, timeout=timeout, variables=variables)
+    return {**results[-1], "process_s": round(time.perf_counter() - start, 2)} if results else status
+
+
+def run_children(
+    script: str, arguments: list[str], *, timeout: float, variables: Mapping[str, str] | None = None
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """All results of `script --child *arguments`, and a status that says why there are no more of them."""
+    command = [sys.executable, script, "--child", *arguments]
     child = subprocess.Popen(
         command,
         env={**os.environ, **(variables or {})},
@@ -32,20 +40,22 @@ def run_child(script: str, arguments: list[str], *, timeout: float, variables: M
     )
     try:
         output, errors = child.communicate(timeout=timeout)
+        last = (errors.strip().splitlines() or ["no message"])[-1]
+        status = {"status": "crash", "error": f"exit {child.returncode}: {last[:300]}"}
     except subprocess.TimeoutExpired:
         os.killpg(child.pid, signal.SIGKILL)  # the child and the compiler's workers that it started
-        child.communicate()
-        return {"status": f"no result in {timeout:.0f} s"}
-    seconds = time.perf_counter() - start
+        output, _ = child.communicate()
+        status = {"status": f"no result in {timeout:.0f} s"}
     lines = [line for line in output.splitlines() if line.startswith(MARK)]
-    if not lines:
-        last = (errors.strip().splitlines() or ["no message"])[-1]
-        return {"status": "crash", "error": f"exit {child.returncode}: {last[:300]}"}
-    return {**json.loads(lines[-1][len(MARK) :]), "process_s": round(seconds, 2)}
+    return [json.loads(line[len(MARK) :]) for line in lines], status
 
 
-def answer(result: dict[str, Any]) -> None:
-    """Hand `result` to the parent."""
+def answer(measure: Callable[[], dict[str, Any]]) -> None:
+    """Hand the result of `measure`, or what it raised, to the parent."""
+    try:
+        result = measure()
+    except Exception as error:
+        result = failure(error)
     print(MARK + json.dumps(result), flush=True)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from children import answer, model_zoo, run_child
-from common import cache_environment, environment, failure, first_call, import_effcompile, report, result_path, select, write_json
+from common import cache_environment, environment, first_call, import_effcompile, report, result_path, select, write_json
 
 
 class TimedInductor:
@@ -99,10 +99,7 @@ def main() -> None:
     parser.add_argument("--out", help="the JSON file (default: $OUT or benchmarks/results)")
     args = parser.parse_args()
     if args.child:
-        try:
-            answer(child(*args.child))
-        except Exception as error:
-            answer(failure(error))
+        answer(lambda: child(*args.child))
         return
     names = select(model_zoo().NAMES, args.models or ("llama" if args.second_process else None))
     benchmark = "compile-cache" if args.second_process else "compile-time"

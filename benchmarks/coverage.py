@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from children import answer, model_zoo, run_child
-from common import environment, failure, import_effcompile, max_error, relative_l2, report, result_path, select, write_json
+from common import environment, import_effcompile, max_error, relative_l2, report, result_path, select, write_json
 
 OUTCOMES = ("rewritten", "left", "refused")
 
@@ -73,10 +73,7 @@ def main() -> None:
     parser.add_argument("--out", help="the JSON file (default: $OUT or benchmarks/results)")
     args = parser.parse_args()
     if args.child:
-        try:
-            answer(child(*args.child))
-        except Exception as error:
-            answer(failure(error))
+        answer(lambda: child(*args.child))
         return
     path = result_path("coverage", args.hardware, args.out)
     payload: dict[str, Any] = {

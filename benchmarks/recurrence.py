@@ -1,4 +1,4 @@
-"""Linear recurrences on one GPU: the generated kernels beside fla-core's, side by side in one run, one process a measurement.
+"""Linear recurrences on one GPU: the generated kernels beside fla-core's in one run, one process for each of them and form.
 
     python -m benchmarks recurrence        or
     python benchmarks/recurrence.py [--rows linear,gla] [--contenders effcompile] [--modes forward] [--budget 900] [--out FILE]
@@ -16,12 +16,13 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from children import answer, run_child
+from children import answer, run_children
 from common import (
     Budget,
     cache_environment,
@@ -47,7 +48,8 @@ SMALL = (1, 1024, 2)  # batch, steps and heads at which errors are measured
 TIMEOUT_S = 240.0
 NOTES = (
     "contenders take [B, T, H, D] tensors as they lie; fla-core's functions are called with scale 1 and without states",
-    "first_s starts from empty caches in a process of its own and leaves out imports",
+    "first_s leaves out imports; without jobs, later sizes of a row find what earlier ones compiled; with jobs, that many processes"
+    " compiled side by side",
 )
 
 
@@ -227,14 +229,18 @@ def floor_ms(form: Form, shape: tuple[int, int, int, int], device: str, mode: st
     return max(form.flops(shape, backward=backward) / peaks[0], form.bytes(shape, backward=backward) / peaks[1]) * 1e3
 
 
-def child(form: Form, size: str, contender: str, mode: str, device: str, seed: int, scale: int) -> dict[str, Any]:
-    """One measurement, in this process."""
+def child(form: Form, contender: str, device: str, seed: int, scale: int, asked: list[str]) -> None:
+    """One form by one contender in this process: answers with each `size:mode` that is asked for."""
+    call = CALLS[contender](form)
+    for name in asked:
+        size, mode = name.split(":")
+        answer(lambda size=size, mode=mode: {"size": size, "mode": mode, **measured(form, call, size, device, mode, seed, scale)})
+
+
+def measured(form: Form, call: Call, size: str, device: str, mode: str, seed: int, scale: int) -> dict[str, Any]:
+    """One measurement; a contender that fails is a result, and the others still run."""
     b, t, h, d = SHAPES[size]
     shape = (b, t // scale, h, d)
-    try:
-        call = CALLS[contender](form)
-    except (ImportError, AttributeError) as error:
-        return {"status": f"not importable: {error}"}
     try:
         torch.manual_seed(seed)
         x = inputs_of(form, shape, device, seed)
@@ -245,13 +251,13 @@ def child(form: Form, size: str, contender: str, mode: str, device: str, seed: i
         result |= {"peak_mb": None if peak is None else round(peak, 1), "floor_ms": floor and round(floor, 4)}
         result["of_floor"] = floor and round(floor / ms, 3)
         return result | {"errors": errors_of(form, call, d, device, mode, seed)}
-    except Exception as error:  # a contender that fails is a result, and the others still run
+    except Exception as error:
         return failure(error)
 
 
 def bars(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """How many times faster than fla-core, row by row, beside the bar of 1.5."""
-    timed = {(r["row"], r["size"], r["mode"], r["contender"]): r for r in results if r["status"] == "ok"}
+    timed = {identity(r): r for r in results if r["status"] == "ok"}
     found = []
     for (row, size, mode, contender), ours in timed.items():
         theirs = timed.get((row, size, mode, "fla"))
@@ -262,27 +268,39 @@ def bars(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def run(args: argparse.Namespace) -> None:
-    """All measurements, written out after each."""
+    """All measurements, written out after each process; with `--jobs`, all of them side by side before, to fill the caches."""
     budget, path = Budget(args.budget), result_path("recurrence", args.device, args.out)
     payload: dict[str, Any] = {"benchmark": "recurrence", "environment": environment(args.device), "notes": NOTES}
-    payload |= {"dtype": "bfloat16", "seed": args.seed, "scale": args.scale, "results": [], "bars": []}
-    for row in select(list(FORMS), args.rows):
-        for size in select(list(SHAPES), args.sizes):
-            for mode in args.modes.split(","):
-                for contender in select(list(CONTENDERS), args.contenders):
-                    result: dict[str, Any] = {"row": row, "size": size, "mode": mode, "contender": contender}
-                    if budget.left < 10:
-                        result["status"] = f"skipped: {args.budget:.0f} s were spent"
-                    else:
-                        with tempfile.TemporaryDirectory(prefix="effcompile-bench-", ignore_cleanup_errors=True) as caches:
-                            asked = [row, size, contender, mode, args.device, str(args.seed), str(args.scale)]
-                            variables = cache_environment(Path(caches))
-                            result |= run_child(__file__, asked, timeout=min(TIMEOUT_S, budget.left), variables=variables)
-                    payload["results"].append(result)
-                    payload["bars"] = bars(payload["results"])
-                    write_json(path, payload)
-                    show(result)
+    payload |= {"dtype": "bfloat16", "seed": args.seed, "scale": args.scale, "jobs": args.jobs, "results": [], "bars": []}
+    pairs = [(row, name) for row in select(list(FORMS), args.rows) for name in select(list(CONTENDERS), args.contenders)]
+    asked = [f"{size}:{mode}" for size in select(list(SHAPES), args.sizes) for mode in args.modes.split(",")]
+
+    def results_of(row: str, contender: str, timeout: float) -> list[dict[str, Any]]:
+        arguments = [row, contender, args.device, str(args.seed), str(args.scale), *asked]
+        found, status = run_children(__file__, arguments, timeout=timeout, variables=cache_environment(Path(folder)))
+        missing = [dict(zip(("size", "mode"), name.split(":"), strict=True)) | status for name in asked[len(found) :]]
+        return [{"row": row, "contender": contender, **result} for result in (*found, *missing)]
+
+    with tempfile.TemporaryDirectory(prefix="effcompile-bench-", ignore_cleanup_errors=True) as folder:
+        first: dict[tuple[str, ...], float] = {}
+        if args.jobs:
+            with ThreadPoolExecutor(args.jobs) as pool:
+                prepared = list(pool.map(lambda pair: results_of(*pair, args.prepare), pairs))
+            first = {identity(x): x["first_s"] for results in prepared for x in results if "first_s" in x}
+        for row, contender in pairs:
+            for result in results_of(row, contender, max(1.0, min(TIMEOUT_S, budget.left))):
+                if "first_s" in result:
+                    result["first_s"] = first.get(identity(result), result["first_s"])
+                payload["results"].append(result)
+                show(result)
+            payload["bars"] = bars(payload["results"])
+            write_json(path, payload)
     print(f"written to {path}")
+
+
+def identity(result: dict[str, Any]) -> tuple[str, ...]:
+    """What a result is of."""
+    return tuple(result[name] for name in ("row", "size", "mode", "contender"))
 
 
 def show(result: dict[str, Any]) -> None:
@@ -300,8 +318,8 @@ def show(result: dict[str, Any]) -> None:
 def main() -> None:
     """Read the command line, measure, write the JSON file."""
     if sys.argv[1:2] == ["--child"]:
-        row, size, contender, mode, device, seed, scale = sys.argv[2:]
-        answer(child(FORMS[row], size, contender, mode, device, int(seed), int(scale)))
+        row, contender, device, seed, scale, *asked = sys.argv[2:]
+        child(FORMS[row], contender, device, int(seed), int(scale), asked)
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", help="comma-separated parts of: " + ", ".join(FORMS))
@@ -309,6 +327,8 @@ def main() -> None:
     parser.add_argument("--contenders", help="comma-separated parts of: " + ", ".join(CONTENDERS))
     parser.add_argument("--modes", default=",".join(MODES), help="comma-separated: forward, forward+backward")
     parser.add_argument("--budget", type=float, default=900.0, help="seconds; what does not fit is skipped")
+    parser.add_argument("--jobs", type=int, default=0, help="compile with so many processes side by side before measuring")
+    parser.add_argument("--prepare", type=float, default=300.0, help="seconds for each of them")
     parser.add_argument("--scale", type=int, default=1, help="divide the steps by this: a quick try, not a figure")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(4), "little"))

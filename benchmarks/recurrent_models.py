@@ -25,7 +25,6 @@ from children import answer, run_child
 from common import (
     cache_environment,
     environment,
-    failure,
     first_call,
     import_effcompile,
     median_ms,
@@ -121,10 +120,7 @@ def main() -> None:
     parser.add_argument("--out", help="the JSON file (default: $OUT or benchmarks/results)")
     args = parser.parse_args()
     if args.child:
-        try:
-            answer(child(*args.child))
-        except Exception as error:
-            answer(failure(error))
+        answer(lambda: child(*args.child))
         return
     path = result_path("recurrent-models", args.device, args.out)
     payload: dict[str, Any] = {"benchmark": "recurrent-models", "environment": environment(args.device), "results": []}

@@ -166,10 +166,10 @@ def config_of(case: Case) -> recurrence.Config:
     return recurrence.Config(tiles=(tile,), exchanged=(tile,))
 
 
-def errors_of(case: Case) -> dict[str, float]:
+def errors_of(case: Case, config: recurrence.Config | None) -> dict[str, float]:
     """The error of each result and gradient, relative to its norm; and 1.0 where strides, shapes or dtypes are not as promised."""
     spec, (v, operands) = case.spec, operands_of(case)
-    results = recurrence.forward(v, operands, spec, case.layout, config=config_of(case), segments=case.segments)
+    results = recurrence.forward(v, operands, spec, case.layout, config=config, segments=case.segments)
     exact = [x.double() for x in (v, *operands)]
     wanted = reference(exact[0], exact[1:], spec, dtype=torch.float64)
     names = ("out", "normaliser", "final")
@@ -182,7 +182,7 @@ def errors_of(case: Case) -> dict[str, float]:
     ]
     if grads[0] is not None:
         grads[0] = grads[0].to(results[0].dtype)
-    ours = recurrence.backward(*grads, v, operands, None, spec, config=config_of(case), segments=case.segments)
+    ours = recurrence.backward(*grads, v, operands, None, spec, config=config, segments=case.segments)
     theirs = reference_backward(
         *(g if g is None else g.double() for g in grads), exact[0], exact[1:], None, spec, dtype=torch.float64
     )
@@ -191,6 +191,10 @@ def errors_of(case: Case) -> dict[str, float]:
         errors[f"d{name}"] = difference(got, want)
         errors[f"d{name}-layout"] = float((got.stride(), got.dtype, got.shape) != (like.stride(), like.dtype, like.shape))
     return errors
+
+
+def compare(case: Case) -> dict[str, float]:
+    return errors_of(case, config_of(case))
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
@@ -226,7 +230,7 @@ def serve() -> None:
     for line in sys.stdin:
         try:
             task, name = line.split()
-            tasks: dict[str, Callable[[Case], Any]] = {"compare": errors_of, "script": script_output, "verdict": verdict}
+            tasks: dict[str, Callable[[Case], Any]] = {"compare": compare, "script": script_output, "verdict": verdict}
             answer: dict[str, Any] = {"result": tasks[task](CASES[name])}
         except Exception:
             answer = {"failure": traceback.format_exc()}
