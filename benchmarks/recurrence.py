@@ -11,6 +11,7 @@ max(operations / peak, bytes / bandwidth), where operations are those of chunks 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import os
 import sys
@@ -48,6 +49,7 @@ SMALL = (1, 1024, 2)  # batch, steps and heads at which errors are measured
 TIMEOUT_S = 240.0
 NOTES = (
     "contenders take [B, T, H, D] tensors as they lie; fla-core's functions are called with scale 1 and without states",
+    "effcompile is the operation that compiled graphs call, with its autograd formula",
     "first_s leaves out imports; without jobs, later sizes of a row find what earlier ones compiled; with jobs, that many processes"
     " compiled side by side",
 )
@@ -108,6 +110,19 @@ def inputs_of(form: Form, shape: tuple[int, int, int, int], device: str, seed: i
     return found
 
 
+@functools.cache
+def retention_gate(heads: int, device: torch.device) -> Tensor:
+    """RetNet's decay of each head, which a compiler computes once: [1, H, 1, 1, 1]."""
+    gate = torch.log1p(-torch.exp2(-5.0 - torch.arange(heads, device=device, dtype=torch.float64)))
+    return gate.float().view(1, heads, 1, 1, 1)
+
+
+@functools.cache
+def text_of(spec: Any) -> str:
+    """The specification as the operation takes it."""
+    return spec.to_json()
+
+
 def specified(form: Form, x: Inputs) -> tuple[Tensor, list[Tensor], Any]:
     """The same as operands of the operation, views of [B, H, T, ...]."""
     import_effcompile()
@@ -115,9 +130,7 @@ def specified(form: Form, x: Inputs) -> tuple[Tensor, list[Tensor], Any]:
 
     v = x["v"].transpose(1, 2)
     if form.constant:
-        heads = v.shape[1]
-        gate = torch.log1p(-torch.exp2(-5.0 - torch.arange(heads, device=v.device, dtype=torch.float64))).float()
-        gate = gate.view(1, heads, 1, 1, 1)
+        gate = retention_gate(v.shape[1], v.device)
     elif form.decay == "head":
         gate = x["g"].transpose(1, 2)[..., None, None]
     elif form.decay in ("key", "rows"):
@@ -129,32 +142,16 @@ def specified(form: Form, x: Inputs) -> tuple[Tensor, list[Tensor], Any]:
     return v, [*rows, *((gate,) if decay != "none" else ())], RecurrenceSpec(operands=names, decay=decay, out="bfloat16")
 
 
-class _Recurrence(torch.autograd.Function):
-    """The kernels as one differentiable function."""
-
-    @staticmethod
-    def forward(ctx: Any, spec: Any, v: Tensor, *operands: Tensor) -> Tensor:
-        from effcompile.codegen import recurrence
-
-        out, _, _ = recurrence.forward(v, operands, spec, "bthd")
-        ctx.save_for_backward(v, *operands, out)
-        ctx.spec = spec
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        from effcompile.codegen import recurrence
-
-        v, *operands, out = ctx.saved_tensors
-        return None, *recurrence.backward(grad, None, None, v, operands, None if ctx.spec.has_rows else out, ctx.spec)
-
-
 def effcompile_call(form: Form) -> Call:
-    """The generated kernels."""
+    """The operation that a compiled graph calls, with the generated kernels behind it."""
+    import_effcompile()
+    from effcompile.runtime import register
+
+    register()
 
     def call(x: Inputs) -> Tensor:
         v, operands, spec = specified(form, x)
-        return _Recurrence.apply(spec, v, *operands).transpose(1, 2)
+        return torch.ops.effcompile.recurrence(v, operands, text_of(spec), "bthd")[0].transpose(1, 2)
 
     return call
 

@@ -807,7 +807,7 @@ def block_table(start, q, k, captures, *, config, by_key):
     table_batch, table_heads = (batch if TABLE_BY_BATCH else 1), (heads if TABLE_BY_HEAD else 1)
     by_query_tiles, by_key_tiles = tile_count(t_q, config["BLOCK_M"]), tile_count(t_k, config["BLOCK_N"])
     lines, width = (by_key_tiles, by_query_tiles) if by_key else (by_query_tiles, by_key_tiles)
-    table = torch.empty((table_batch, table_heads, lines, 2 + 2 * width), dtype=torch.int32, device=q.device)
+    table = start.empty((table_batch, table_heads, lines, 2 + 2 * width), torch.int32)
     start(
         table_kernel, (table_batch * table_heads, lines, 1),
         table, lines, table_heads, t_q, t_k, captures,
@@ -903,7 +903,7 @@ def forward(q, k, v, captures, *, config=None, out_layout="bhtd"):
             table = block_table(start, q, k, captures, config=config, by_key=False)
         launch_forward(start, q, k, v, out, lse, table, config, captures)
 
-    begin(run, q, k, v)
+    begin(run, q, k, v, out, lse, *config.values(), captures)
     return out, lse
 
 
@@ -944,5 +944,8 @@ def backward(grad_out, q, k, v, out, lse, captures, *, grad_lse=None, dq_config=
         if LEARNS:
             launch_captured(start, grad_out, q, k, v, norm, delta, d_loads, CAPTURED, captures)
 
-    begin(run, grad_out, q, k, v, out)
+    begin(
+        run, grad_out, q, k, v, out, lse, grad_lse, norm, delta, dq, dk, dv, any_empty, d_sink, *d_loads, *dq_config.values(),
+        *dkv_config.values(), captures,
+    )  # fmt: skip
     return dq, dk, dv, d_sink, d_loads

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launching import launched, tile_count, width_of
+from .launching import begin, tile_count, width_of
 from .primitives import LOG2E, load_tile, mean_of_values, tile_range, wide
 
 # ------------------------------------------------------------------------------------------------------------------------ Flags
@@ -365,16 +365,21 @@ def forward(q, k, v, captures, *, splits=None, out_layout="bhtd"):
         sums = torch.empty((batch, heads, t_q, splits, d_v), dtype=torch.float32, device=q.device)
         totals, peaks = torch.empty((2, batch, heads, t_q, splits), dtype=torch.float32, device=q.device)
     block_qk, block_tail, block_v = widths(d_qk, d_v)
-    launched(
-        decode_kernel, (programs, splits, 1),
-        q, k, v, out, lse, sums, totals, peaks, *q.stride(), *k.stride(), *v.stride(), *out.stride(),
-        h_kv, group, row_tiles, splits, t_q, t_k, captures, WHOLE=splits == 1, LATENT=is_latent(k, v, block_qk),
-        D_QK=d_qk, D_V=d_v, BLOCK_QK=block_qk, BLOCK_TAIL=block_tail, BLOCK_V=block_v, **tile,
-    )  # fmt: skip
-    if splits > 1:
-        launched(
-            combine_kernel, (batch * heads * t_q, 1, 1),
-            sums, totals, peaks, v, out, lse, *v.stride(), *out.stride(), heads, group, splits, t_q, t_k,
-            D_V=d_v, BLOCK_V=block_v, CHUNK=max(8, min(32, 4096 // block_v)), num_warps=4,
+    latent = is_latent(k, v, block_qk)
+
+    def run(start):
+        start(
+            decode_kernel, (programs, splits, 1),
+            q, k, v, out, lse, sums, totals, peaks, *q.stride(), *k.stride(), *v.stride(), *out.stride(),
+            h_kv, group, row_tiles, splits, t_q, t_k, captures, WHOLE=splits == 1, LATENT=latent,
+            D_QK=d_qk, D_V=d_v, BLOCK_QK=block_qk, BLOCK_TAIL=block_tail, BLOCK_V=block_v, **tile,
         )  # fmt: skip
+        if splits > 1:
+            start(
+                combine_kernel, (batch * heads * t_q, 1, 1),
+                sums, totals, peaks, v, out, lse, *v.stride(), *out.stride(), heads, group, splits, t_q, t_k,
+                D_V=d_v, BLOCK_V=block_v, CHUNK=max(8, min(32, 4096 // block_v)), num_warps=4,
+            )  # fmt: skip
+
+    begin(run, q, k, v, out, lse, sums, totals, peaks, splits, latent, captures)
     return out, lse

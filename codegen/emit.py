@@ -169,7 +169,7 @@ def _arguments(variant: Variant, name: str, call: ast.Call | None, function: ast
     if weave.is_kernel(function):
         return variant.groups[name]
     function_called = getattr(call, "func", None)
-    launched = isinstance(function_called, ast.Name) and function_called.id in ("start", "launched")
+    launched = isinstance(function_called, ast.Name) and function_called.id == "start"
     if name == "captures":
         return variant.launch_captures if launched else variant.host_captures
     if name == "table":

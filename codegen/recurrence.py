@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from ..errors import KernelError
-from ..ops.recurrence import RecurrenceSpec, empty_output, reference, reference_backward, state_shape
+from ..ops.recurrence import RecurrenceSpec, empty_output, reference, reference_backward, state_shape, without_decay
 from . import attention, emit
 from .attention import DTYPES, Arch
 from .launching import width_of
@@ -111,24 +111,26 @@ def backward(
     out: Tensor | None,
     spec: RecurrenceSpec,
     *,
+    decay: bool = True,
     config: Config | None = None,
     segments: int | None = None,
 ) -> list[Tensor]:
-    """Gradients of `v` and of each operand; those of results may be `None`.
+    """Gradients of `v` and of each operand, empty ones of gate and rate unless `decay`; those of results may be `None`.
 
     Raises:
         KernelError: shapes or dtypes that the kernels do not take, or a kernel that disagrees with the reference on this machine.
     """
     if steps_alone(spec):
-        return _scan().backward(grad, grad_normaliser, grad_final, v, operands, out, spec)
+        return without_decay(_scan().backward(grad, grad_normaliser, grad_final, v, operands, out, spec), spec, decay)
     x = _checked(v, operands, spec)
     if v.shape[2] == 0 or v.numel() == 0:
-        return reference_backward(grad, grad_normaliser, grad_final, v, operands, out, spec)
+        return without_decay(reference_backward(grad, grad_normaliser, grad_final, v, operands, out, spec), spec, decay)
     module = _kernels(v, x, spec, config)
     trust(module, v.device, "backward", lambda: disagreement(module, spec, v.device, "backward"))
     same_v, same = _one_dtype(v, x)
-    found = module.backward(grad, grad_normaliser, grad_final, same_v, **same, segments=segments)
-    return [_like(found["v"], v), *(_like(found[name], x[name]) for name in spec.operands)]
+    found = module.backward(grad, grad_normaliser, grad_final, same_v, **same, segments=segments, weigh=decay)
+    made = [found[name] if found[name] is None else _like(found[name], like) for name, like in {"v": v, **x}.items()]
+    return without_decay(made, spec, decay)
 
 
 def steps_alone(spec: RecurrenceSpec) -> bool:
@@ -323,7 +325,7 @@ def example(module: ModuleType, spec: RecurrenceSpec, device: torch.device) -> t
     generator = torch.Generator(device="cpu").manual_seed(0)
 
     def make(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device)
+        return torch.randn(shape, generator=generator, device="cpu").to(device)
 
     b, h, t = 1, _HEADS, _LENGTH
     time = 1 if getattr(module, "CONSTANT_DECAY", False) else t

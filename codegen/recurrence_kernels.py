@@ -38,13 +38,14 @@ CONSTANT = tl.constexpr(False)  # it is the same at all times
 BEFORE = tl.constexpr(False)  # the state is read before its update
 BONUS = tl.constexpr(False)  # and the update's own part is weighted
 
+SUMMED = tl.constexpr(True)  # one decay for the state, and not the same at all times: `sums_kernel` has summed it
 JOINED = tl.constexpr(True)  # two products may add up in one sum: false for some Blackwells, where Triton takes a wrong one
 
 PRECISION = tl.constexpr("ieee")
 RESET = tl.constexpr(-86.0)  # 2 ** RESET of a state is nothing: counted instead of summed, so that sums after it keep their digits
 LEAST = tl.constexpr(-160.0)  # 2 ** LEAST is zero in float32
 NEAR = tl.constexpr(96.0)  # a chunk whose running sums stay within +-NEAR is one product: its factors fit the operands' range
-RUNTIME = ["T", "CHUNKS", "SEGMENT", "SEGMENTS"]
+RUNTIME = ["T", "CHUNKS", "SEGMENT", "SEGMENTS", "SHARES"]
 
 # ------------------------------------------------------------------------------------------------------------------------ Gates
 
@@ -77,22 +78,17 @@ def load_vectors(g_at, r_at, inside):
 
 @triton.jit
 def running_sums(g):
-    """[C] each: the running sum of the logarithms but resets, the running count of resets, and the same two before each step."""
+    """[C] each: the running sum of the logarithms but resets, and the running count of resets."""
     far = (g < RESET).to(tl.int32)
-    near = tl.where(far == 1, 0.0, g)
-    total = tl.cumsum(near, 0)
-    count = tl.cumsum(far, 0)
-    return total, count, total - near, count - far
+    return tl.cumsum(tl.where(far == 1, 0.0, g), 0), tl.cumsum(far, 0)
 
 
 @triton.jit
 def running_multiples(g, i, first, last):
-    """The same where each step from `first` up to before `last` has the logarithm g, and the others none."""
+    """The same up to step i where each step from `first` up to before `last` has the logarithm g, and the others none."""
     steps = tl.minimum(tl.maximum(i + 1 - first, 0), last - first)
-    steps_before = tl.minimum(tl.maximum(i - first, 0), last - first)
     far = g < RESET
-    near = tl.where(far, 0.0, g)
-    return near * steps, tl.where(far, steps, 0), near * steps_before, tl.where(far, steps_before, 0)
+    return tl.where(far, 0.0, g) * steps, tl.where(far, steps, 0)
 
 
 @triton.jit
@@ -183,12 +179,81 @@ def distant_sums(s, b_v, g_at, r_at, inside, C: tl.constexpr):
     return acc, tl.where(height == 1, 0.0, up_to), height
 
 
+# --------------------------------------------------------------------------------------------------------------- Before and after
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def sums_kernel(
+    Gate, Rate, Totals, Counts, stride_gb, stride_gh, stride_gt, stride_rb, stride_rh, stride_rt, H, T, CHUNKS,
+    REVERSE: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """`running_sums` of one chunk of one head, [B, H, CHUNKS, C], in the order of travel: scans have no place on a serial path."""
+    c = tl.program_id(0) % CHUNKS
+    head = wide(tl.program_id(0) // CHUNKS)
+    i = tl.arange(0, C)
+    t = c * C + i
+    if REVERSE:
+        t = c * C + C - 1 - i
+        if not BEFORE:
+            t += 1  # backwards, a state that is read after its update decays with the gate of the step after
+    g_at = Gate + (head // H) * stride_gb + (head % H) * stride_gh + wide(t) * stride_gt
+    r_at = Rate
+    if RATED:
+        r_at = Rate + (head // H) * stride_rb + (head % H) * stride_rh + wide(t) * stride_rt
+    total, count = running_sums(load_gates(g_at, r_at, t < T))
+    at = (head * CHUNKS + c) * C + i
+    tl.store(Totals + at, total)
+    tl.store(Counts + at, count)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def slopes_kernel(
+    Sums, Differences, Parts, Slopes, T, CHUNKS, BLOCKS, SHARES, D: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The gradient of the logarithms of one chunk of one head, [B, H, T, D], of what `replay_kernel` left:
+
+        Slopes_t = sum Parts + sum_{i >= t} Differences_i (- Sums_t where the state is read before its update)
+
+    With a decay for each column, these are [B, H, T, D] and Parts [B, H, CHUNKS, D]. With one for the state, all are summed over
+    BLOCKS of columns, and Parts [B, H, CHUNKS, SHARES] over all.
+    """
+    c = tl.program_id(0) % CHUNKS
+    head = wide(tl.program_id(0) // CHUNKS)
+    t = c * C + tl.arange(0, C)
+    if VECTOR:
+        d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        at = (head * T + t)[:, None] * D + d[None, :]
+        inside = (t < T)[:, None] & (d < D)[None, :]
+        found = tl.cumsum(tl.load(Differences + at, mask=inside, other=0.0), 0, reverse=True)
+        if BEFORE:
+            found -= tl.load(Sums + at, mask=inside, other=0.0)
+        found += tl.load(Parts + (head * CHUNKS + c) * D + d, mask=d < D, other=0.0)[None, :]
+        tl.store(Slopes + at, found, mask=inside)
+    else:
+        later = tl.zeros([C], tl.float32)
+        own = tl.zeros([C], tl.float32)
+        for block in range(0, BLOCKS):
+            at = (head * T + t) * BLOCKS + block
+            later += tl.load(Differences + at, mask=t < T, other=0.0)
+            if BEFORE:
+                own += tl.load(Sums + at, mask=t < T, other=0.0)
+        parts = tl.zeros([128], tl.float32)
+        for first in range(0, SHARES, 128):
+            share = first + tl.arange(0, 128)
+            parts += tl.load(Parts + (head * CHUNKS + c) * SHARES + share, mask=share < SHARES, other=0.0)
+        found = tl.cumsum(later, 0, reverse=True) + tl.sum(parts, 0)
+        if BEFORE:
+            found -= own
+        tl.store(Slopes + head * T + t, found, mask=t < T)
+
+
 # ------------------------------------------------------------------------------------------------------------------------ Chunks
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def replay_kernel(
-    Q, K, V, Out, Normaliser, Gate, Rate, Bonus, Left, Right, Initial, Final, Totals, Along, States, Sums, GradGate,
+    Q, K, V, Out, Normaliser, Gate, Rate, ChunkSums, ChunkCounts, Bonus, Left, Right, Initial, Final, Totals, Along, States, Sums,
+    Differences, Parts,
     stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_kt, stride_kd,
     stride_vb, stride_vh, stride_vt, stride_vd, stride_ob, stride_oh, stride_ot, stride_od,
     stride_gb, stride_gh, stride_gt, stride_gd, stride_rb, stride_rh, stride_rt, stride_rd,
@@ -206,12 +271,13 @@ def replay_kernel(
     same chunks. EXCHANGED: the state is [Dv, Dk]. COLUMNS: the decay is by column of the state, else by row. EXTRA: the state's
     additional column, which V meets with ones (1), or its additional row, which Q meets with Left (2) or K with Right (3), the
     other with ones. START, FINISH: Initial and Final are there. WEIGH: on the way of dq (1), keep the state that enters each
-    chunk and sums of q dq; on that of dk (2), make of them the gradient of the logarithms. With S the state that enters a chunk
+    chunk and sums of q dq; on that of dk (2), what the gradient of the logarithms is made of. With S the state that enters a chunk
     and R that which enters it on the way back,
 
         dg_t = sum_m decay R S + sum_{i >= t} q_i dq_i + sum_{i < t} k_i dk_i - sum_{i >= t} k_i dk_i
 
     where the first sum of k dk counts what came from beyond the chunk, the second what came from within: nothing large cancels.
+    The sums over steps, and over columns where the decay is one for the state, are left to `slopes_kernel`.
     """
     block = tl.program_id(0) % tl.cdiv(M, BLOCK_M)
     head = wide(tl.program_id(0) // tl.cdiv(M, BLOCK_M))
@@ -256,11 +322,7 @@ def replay_kernel(
                 r_at = r_base + (order[:, None] * stride_rt + d[None, :] * stride_rd)
             passed = tl.zeros([BLOCK_M if COLUMNS else BLOCK_N], tl.float32)
         else:
-            g_at = g_base + order * stride_gt
-            r_at = r_base
-            if RATED:
-                r_at = r_base + order * stride_rt
-            passed = tl.sum(tl.zeros([C], tl.float32), 0)
+            passed = 0.0
         if CONSTANT:
             one = load_gates(g_base, r_base, head >= 0)
 
@@ -315,20 +377,20 @@ def replay_kernel(
                     else:
                         first = 0
                         last = tl.minimum(T - t0, C)
-                    total, count, total_before, count_before = running_multiples(one, i, first, last)
+                    total, count = running_multiples(one, i, first, last)
+                    whole, whole_count = running_multiples(one, C - 1, first, last)
+                    read, read_count = total, count
+                    if BEFORE:
+                        read, read_count = running_multiples(one, i - 1, first, last)
                 else:
-                    g_now = g_at + wide(t0 + shift) * stride_gt
-                    r_now = r_at
-                    if RATED:
-                        r_now = r_at + wide(t0 + shift) * stride_rt
-                    total, count, total_before, count_before = running_sums(load_gates(g_now, r_now, gated))
-                read = total
-                read_count = count
-                if BEFORE:
-                    read = total_before
-                    read_count = count_before
-                whole = tl.sum(tl.where(i == C - 1, total, 0.0), 0)
-                whole_count = tl.sum(tl.where(i == C - 1, count, 0), 0)
+                    l_at = ChunkSums + (head * CHUNKS + c) * C
+                    n_at = ChunkCounts + (head * CHUNKS + c) * C
+                    total, count = tl.load(l_at + i), tl.load(n_at + i)
+                    whole, whole_count = tl.load(l_at + C - 1), tl.load(n_at + C - 1)
+                    read, read_count = total, count
+                    if BEFORE:
+                        read = tl.load(l_at + i - 1, mask=i > 0, other=0.0)
+                        read_count = tl.load(n_at + i - 1, mask=i > 0, other=0)
                 decay = power(whole, whole_count == 0)
                 after = power(whole - total, count == whole_count)  # [C]
 
@@ -447,37 +509,38 @@ def replay_kernel(
                 x = tl.sum(b_a * entered, 1)
                 y = tl.sum(b_a * written, 1)
             if WEIGH == 1:
-                sums = tl.cumsum(x + y, 0, reverse=True)
-                if BEFORE:
-                    sums = sums - (x + y)
-                tl.store(Sums + x_at, sums, mask=x_inside)
+                tl.store(Sums + x_at, x + y, mask=x_inside)
                 tl.store(s_at + (n[:, None] * M + m[None, :]), state.to(States.dtype.element_ty), mask=within)
                 if EXTRA >= 2:
                     tl.store(s_at + N * M + m, row.to(States.dtype.element_ty), mask=m < M)
             else:
+                before = tl.load(Sums + x_at, mask=x_inside, other=0.0)
+                tl.store(Differences + x_at, before - (x + y), mask=x_inside)
                 b_e = tl.load(s_at + (n[:, None] * M + m[None, :]), mask=within, other=0.0).to(tl.float32)
                 beside = tl.zeros([BLOCK_M], tl.float32)
                 if EXTRA >= 2:
                     beside = row * tl.load(s_at + N * M + m, mask=m < M, other=0.0).to(tl.float32)
-                if VECTOR:
-                    across = (tl.sum(b_e * state, 0) + beside) * decay  # [M]
-                    if not BEFORE:
-                        r_now = r_base
+                share = decay
+                if not BEFORE:  # and by the gate of the chunk's first step in time
+                    r_now = r_base
+                    if VECTOR:
                         if RATED:
                             r_now = r_base + wide(t0) * stride_rt + m * stride_rd
-                        across = across * tl.exp2(load_gates(g_base + wide(t0) * stride_gt + m * stride_gd, r_now, m < M))
-                    across = across[None, :]
-                else:
-                    within_rows = tl.sum(b_e * state, 1)[None, :]  # [1, N]: a sum of one dimension stops Triton 3.7 on Blackwell
-                    across = (tl.sum(within_rows, 1) + tl.sum(beside[None, :], 1)) * decay  # [1]
-                    if not BEFORE:
-                        r_now = r_base
+                        share *= tl.exp2(load_gates(g_base + wide(t0) * stride_gt + m * stride_gd, r_now, m < M))
+                    else:
                         if RATED:
                             r_now = r_base + wide(t0) * stride_rt
-                        across = across * tl.exp2(load_gates(g_base + wide(t0) * stride_gt, r_now, head >= 0))
-                sums = tl.load(Sums + x_at, mask=x_inside, other=0.0)
-                sums += across + (tl.cumsum(x, 0, reverse=True) - x) - tl.cumsum(y, 0)
-                tl.store(GradGate + x_at, sums, mask=x_inside)
+                        share *= tl.exp2(load_gates(g_base + wide(t0) * stride_gt, r_now, head >= 0))
+                if VECTOR:
+                    across = (tl.sum(b_e * state, 0) + beside) * share + tl.sum(x, 0)  # [M]
+                    tl.store(Parts + (head * CHUNKS + c) * M + m, across, mask=m < M)
+                else:
+                    SHARES: tl.constexpr = N + C + (BLOCK_M if EXTRA >= 2 else 0)
+                    p_at = Parts + ((head * CHUNKS + c) * tl.cdiv(M, BLOCK_M) + block) * SHARES
+                    tl.store(p_at + n, tl.sum(b_e * state, 1) * share, mask=n < N)
+                    tl.store(p_at + N + i, x)
+                    if EXTRA >= 2:
+                        tl.store(p_at + N + C + tl.arange(0, BLOCK_M), tl.where(m < M, beside * share, 0.0))
 
         # -------------------------------------------------------------------------------------------------------- writing
         if GATED and VECTOR:

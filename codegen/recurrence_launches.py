@@ -19,10 +19,13 @@ from .recurrence_kernels import (
     BEFORE,
     BONUS,
     GATED,
+    SUMMED,
     VECTOR,
     carry_kernel,
     replay_kernel,
+    slopes_kernel,
     step_kernel,
+    sums_kernel,
 )
 
 BY_VALUE = False  # the decay is one for each value
@@ -83,12 +86,29 @@ def along_state(x, k, v):
     return (x[..., 0, :] if BY_VALUE else x[..., 0]).expand(*v.shape[:3], width)
 
 
+def chunk_sums(start, gates, t, chunk, reverse):
+    """The running sums of the logarithms in each chunk and the counts of resets, [B, H, chunks, C] each, in the order of travel."""
+    gate, rate = gates
+    batch, heads = gate.shape[:2]
+    chunks = tile_count(t, chunk)
+    totals, counts = (start.empty((batch, heads, chunks, chunk), dtype) for dtype in (torch.float32, torch.int32))
+    values = {
+        "Gate": gate, "Rate": rate, "Totals": totals, "Counts": counts, "H": heads, "T": t, "CHUNKS": chunks,
+        **strided("g", "bhtd", gate), **strided("r", "bhtd", rate),
+    }  # fmt: skip
+    launch(start, sums_kernel, (batch * heads * chunks, 1, 1), values, REVERSE=reverse, C=chunk, num_warps=1)
+    return totals, counts
+
+
 def replay(
     start, read, write, value, gates, *,
     out=None, normaliser=None, initial=None, final=None, bonus=None, left=None, right=None, extra=0,
-    reverse=False, exchanged=False, along=None, weigh=0, kept=None, segments=None, chosen=None,
+    reverse=False, exchanged=False, along=None, weigh=0, kept=None, segments=None, chosen=None, summed=None,
 ):  # fmt: skip
-    """One pass over time. `read`, `write` [B, Hx, T, N], `value` [B, Hx, T, M]; of `extra` and `weigh` tells the kernel."""
+    """One pass over time. `read`, `write` [B, Hx, T, N], `value` [B, Hx, T, M]; of `extra` and `weigh` tells the kernel.
+
+    `summed`: `chunk_sums` of passes before this one, by direction and chunk.
+    """
     gate, rate = gates
     shaped = max((read, write, value), key=lambda x: x.shape[1])
     batch, heads, t = shaped.shape[:3]
@@ -100,10 +120,17 @@ def replay(
     length = tile_count(chunks, segments)
     segments = tile_count(chunks, length)
     columns = exchanged != BY_VALUE
-    states, sums, slopes = kept or (None, None, None)
+    states, sums, differences, parts = kept or (None, None, None, None)
+    totals = counts = None
+    if SUMMED:
+        summed = {} if summed is None else summed
+        if (reverse, chunk) not in summed:
+            summed[reverse, chunk] = chunk_sums(start, gates, t, chunk, reverse)
+        totals, counts = summed[reverse, chunk]
     values = {
         "Q": read, "K": write, "V": value, "Out": out, "Normaliser": normaliser, "Gate": gate, "Rate": rate, "Bonus": bonus,
-        "Left": left, "Right": right, "Along": along, "States": states, "Sums": sums, "GradGate": slopes,
+        "Left": left, "Right": right, "Along": along, "States": states, "Sums": sums, "Differences": differences, "Parts": parts,
+        "ChunkSums": totals, "ChunkCounts": counts,
         "GROUP_Q": heads // read.shape[1], "GROUP_K": heads // write.shape[1], "GROUP_V": heads // value.shape[1],
         "GROUP_A": 1 if along is None else heads // along.shape[1],
         "H": heads, "T": t, "CHUNKS": chunks, "SEGMENT": length, "SEGMENTS": segments, "Totals": None,
@@ -131,8 +158,7 @@ def replay(
             **options,
         )
         return
-    slots, totals = entering(start, values, ends, options, (batch, heads, segments, n + (extra >= 2), m + (extra == 1)), grid)
-    del totals
+    slots = entering(start, values, ends, options, (batch, heads, segments, n + (extra >= 2), m + (extra == 1)), grid)
     values |= {"Initial": slots, "Final": None, **strided("i", "bhsnm", slots), **strided("f", "bhsnm", None)}
     launch(start, replay_kernel, grid, values, EMIT=True, WEIGH=weigh, START=True, FINISH=False, **options)
 
@@ -140,9 +166,8 @@ def replay(
 def entering(start, values, ends, options, shape, grid):
     """The states that enter each segment, [B, H, segments, N, M], from what each segment adds to a state and leaves of it."""
     batch, heads, segments, rows, width = shape
-    device = values["K"].device
-    slots = torch.empty(shape, dtype=torch.float32, device=device)
-    totals = torch.empty((*shape[:3], (options["M"] if options["COLUMNS"] else options["N"]) if VECTOR else 1), device=device)
+    slots = start.empty(shape, torch.float32)
+    totals = start.empty((*shape[:3], (options["M"] if options["COLUMNS"] else options["N"]) if VECTOR else 1), torch.float32)
     summed = values | {"Totals": totals, "Initial": None, "Final": slots, "Out": None, "Normaliser": None}
     summed |= {**strided("i", "bhsnm", None), **strided("f", "bhsnm", slots)}
     launch(start, replay_kernel, grid, summed, EMIT=False, WEIGH=0, START=False, FINISH=True, **options)
@@ -152,7 +177,7 @@ def entering(start, values, ends, options, shape, grid):
         COLUMNS=options["COLUMNS"], START=ends["Initial"] is not None, FINISH=ends["Final"] is not None, ROWS=rows, WIDTH=width,
         BLOCK_N=16, BLOCK_M=64, num_warps=4,
     )  # fmt: skip
-    return slots, totals
+    return slots
 
 
 def step(start, q, k, v, gates, out, normaliser, initial, final, bonus):
@@ -193,19 +218,19 @@ def forward(v, q, k, *, gate=None, rate=None, bonus=None, initial=None, layout="
     out = empty_like_order(v, layout)
     normaliser = torch.empty((batch, heads, t) if NORMALISED else (0,), dtype=torch.float32, device=v.device)
     final = torch.empty((batch, heads, k.shape[-1], d_v + NORMALISED), dtype=torch.float32, device=v.device)
-    gates = along_state(gate, k, v), along_state(rate, k, v)
-    bonus = None if bonus is None else bonus.expand(batch, heads, t, -1)
 
     def run(start):
+        gates = along_state(gate, k, v), along_state(rate, k, v)
+        wide_bonus = None if bonus is None else bonus.expand(batch, heads, t, -1)
         if t <= FEW:
-            step(start, q, k, v, gates, out, normaliser, initial, final, bonus)
+            step(start, q, k, v, gates, out, normaliser, initial, final, wide_bonus)
         else:
             replay(
-                start, q, k, v, gates, out=out, normaliser=normaliser, initial=initial, final=final, bonus=bonus,
+                start, q, k, v, gates, out=out, normaliser=normaliser, initial=initial, final=final, bonus=wide_bonus,
                 extra=int(NORMALISED), segments=segments, chosen=tile,
             )  # fmt: skip
 
-    begin(run, v, q, k)
+    begin(run, v, q, k, gate, rate, bonus, initial, out, normaliser, final, segments, tile)
     return out, normaliser, final
 
 
@@ -222,12 +247,41 @@ def own_part(grad, q, k, v, bonus):
     return (both * weight).sum_to_size(bonus.shape).to(bonus.dtype)
 
 
-def decay_gradients(slopes, gate, rate, v):
-    """Of gate and rate, from that of the logarithm: [B, H, T, D], or [B, H, T, parts] to be summed."""
-    if VECTOR:
-        slopes = slopes[..., None, :] if BY_VALUE else slopes[..., None]
-    else:
-        slopes = slopes.sum(-1)[..., None, None]
+def weighing(v, k, tile):
+    """What the passes that make the gradient of the logarithms leave for `slopes_kernel`, and that gradient [B, H, T, D].
+
+    States that enter chunks; for each step, and for each chunk, what its columns add up to (`replay_kernel`, WEIGH).
+    """
+    batch, heads, t, d_v = v.shape
+    d_k, device = k.shape[-1], v.device
+    width, rows = (d_v, d_k) if BY_VALUE else (d_k, d_v + NORMALISED)
+    config, _ = plan(TILES if BY_VALUE else EXCHANGED_TILES, batch * heads, width, t, device, tile)
+    chunks, blocks = tile_count(t, config["C"]), tile_count(width, config["BLOCK_M"])
+    states = torch.empty((batch, heads, chunks, rows, width), dtype=SAVED_DTYPE, device=device)
+    columns = width if VECTOR else blocks
+    sums, differences = torch.empty((2, batch, heads, t, columns), dtype=torch.float32, device=device)
+    shares = width if VECTOR else blocks * (config["C"] + (d_k if BY_VALUE else d_v) + NORMALISED * config["BLOCK_M"])
+    parts = torch.empty((batch, heads, chunks, shares), dtype=torch.float32, device=device)
+    slopes = torch.empty((batch, heads, t, width if VECTOR else 1), dtype=torch.float32, device=device)
+    return (states, sums, differences, parts), slopes, config["C"]
+
+
+def finish_slopes(start, kept, slopes, chunk):
+    """The gradient of the logarithms."""
+    _, sums, differences, parts = kept
+    batch, heads, t, width = slopes.shape
+    values = {
+        "Sums": sums, "Differences": differences, "Parts": parts, "Slopes": slopes, "T": t, "CHUNKS": parts.shape[2],
+        "BLOCKS": sums.shape[-1], "SHARES": parts.shape[-1],
+    }  # fmt: skip
+    block = min(64, width_of(width))
+    grid = batch * heads * parts.shape[2], tile_count(width, block), 1
+    launch(start, slopes_kernel, grid, values, D=width, C=chunk, BLOCK=block, num_warps=4 if VECTOR else 1)
+
+
+def decay_gradients(slopes, gate, rate):
+    """Of gate and rate, from that of the logarithm [B, H, T, D]."""
+    slopes = slopes[..., None, :] if BY_VALUE else slopes[..., None]
     if rate is None:
         return slopes.sum_to_size(gate.shape).to(gate.dtype), None
     by_gate = (slopes * rate.float()).sum_to_size(gate.shape).to(gate.dtype)
@@ -235,59 +289,61 @@ def decay_gradients(slopes, gate, rate, v):
 
 
 def backward(
-    grad, grad_normaliser, grad_final, v, q, k, *, gate=None, rate=None, bonus=None, initial=None, segments=None, tile=None
+    grad, grad_normaliser, grad_final, v, q, k, *, gate=None, rate=None, bonus=None, initial=None, segments=None, tile=None,
+    weigh=True,
 ):  # fmt: skip
-    """Gradients `{"v": ..., "q": ..., "k": ..., ...}` of each given operand of `forward`; gradients of results may be None."""
+    """Gradients `{"v": ..., "q": ..., "k": ..., ...}` of each given operand of `forward`; gradients of results may be None.
+
+    `weigh`: whether those of gate and rate are wanted.
+    """
     batch, heads, t, d_v = v.shape
-    d_k, device = k.shape[-1], v.device
+    device = v.device
     grad = torch.zeros_like(v) if grad is None else grad.to(v.dtype)
     along_ones = grad_normaliser
     if NORMALISED and grad_normaliser is None:
         along_ones = torch.zeros((1, 1, 1), device=device).expand(batch, heads, t)
-    gates = along_state(gate, k, v), along_state(rate, k, v)
-    wide_bonus = None if bonus is None else bonus.expand(batch, heads, t, -1)
     grouped = k.shape[1] != heads
     empty = lambda x, dtype=None: torch.empty((batch, heads, t, x.shape[-1]), dtype=dtype or x.dtype, device=device)  # noqa: E731
     dv = torch.empty_like(v)
     dq, dk = (empty(x, torch.float32) if grouped else torch.empty_like(x) for x in (q, k))
     d_initial = None if initial is None else torch.empty((batch, heads, *initial.shape[2:]), dtype=torch.float32, device=device)
-    transposed = lambda x: None if x is None else x.transpose(-1, -2)  # noqa: E731
-    width = d_v if BY_VALUE else d_k
-    kept = None
+    kept, slopes, chunk = (None,) * 4, None, None
     if GATED:
-        weighing, _ = plan(TILES if BY_VALUE else EXCHANGED_TILES, batch * heads, width, t, device, tile)
-        columns = width if VECTOR else tile_count(width, weighing["BLOCK_M"])
-        rows = d_k if BY_VALUE else d_v + NORMALISED
-        states = torch.empty((batch, heads, tile_count(t, weighing["C"]), rows, width), dtype=SAVED_DTYPE, device=device)
-        sums = torch.empty((2, batch, heads, t, columns), dtype=torch.float32, device=device)
-        kept = states, sums[0], sums[1]
-
-    def weighed(along, weigh, wanted):
-        return {"along": along, "weigh": weigh, "kept": kept} if GATED and wanted else {}
+        if weigh:
+            kept, slopes, chunk = weighing(v, k, tile)
 
     def run(start):
+        gates = along_state(gate, k, v), along_state(rate, k, v)
+        wide_bonus = None if bonus is None else bonus.expand(batch, heads, t, -1)
+        transposed = lambda x: None if x is None else x.transpose(-1, -2)  # noqa: E731
+        shared = {"segments": segments, "chosen": tile, "summed": {}}
+        weighed = lambda along, way: {"along": along, "weigh": way, "kept": kept} if slopes is not None else {}  # noqa: E731
         if BY_VALUE:
-            replay(start, q, k, v, gates, initial=initial, segments=segments, chosen=tile, **weighed(grad, 1, True))
+            if weigh:
+                replay(start, q, k, v, gates, initial=initial, **weighed(grad, 1), **shared)
         replay(
             start, grad, v, k, gates, out=dq, initial=transposed(initial), bonus=wide_bonus, left=along_ones,
-            extra=2 * NORMALISED, exchanged=True, segments=segments, chosen=tile, **weighed(q, 1, not BY_VALUE),
+            extra=2 * NORMALISED, exchanged=True, **({} if BY_VALUE else weighed(q, 1)), **shared,
         )  # fmt: skip
         replay(
             start, k, q, grad, gates, out=dv, initial=None if grad_final is None else grad_final[..., :d_v], bonus=wide_bonus,
-            reverse=True, segments=segments, chosen=tile, **weighed(v, 2, BY_VALUE),
+            reverse=True, **(weighed(v, 2) if BY_VALUE else {}), **shared,
         )  # fmt: skip
         replay(
             start, v, grad, q, gates, out=dk, initial=transposed(grad_final), final=transposed(d_initial), bonus=wide_bonus,
-            right=along_ones, extra=3 * NORMALISED, reverse=True, exchanged=True, segments=segments, chosen=tile,
-            **weighed(k, 2, not BY_VALUE),
+            right=along_ones, extra=3 * NORMALISED, reverse=True, exchanged=True, **({} if BY_VALUE else weighed(k, 2)), **shared,
         )  # fmt: skip
+        if slopes is not None:
+            finish_slopes(start, kept, slopes, chunk)
 
-    begin(run, grad, v, q, k)
+    begin(
+        run, grad, v, q, k, gate, rate, bonus, initial, grad_final, along_ones, dq, dk, dv, d_initial, *kept, slopes, segments, tile
+    )  # fmt: skip
     found = {"v": dv, "q": dq, "k": dk}
     if grouped:
         found |= {"q": gathered(dq, q.shape[1]).to(q.dtype), "k": gathered(dk, k.shape[1]).to(k.dtype)}
     if GATED:
-        found["gate"], found["rate"] = decay_gradients(sums[1], gate, rate, v)
+        found["gate"], found["rate"] = decay_gradients(slopes, gate, rate) if weigh else (None, None)
     if BONUS:
         found["bonus"] = own_part(grad, q, k, v, bonus)
     if initial is not None:

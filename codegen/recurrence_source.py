@@ -10,7 +10,7 @@ from typing import Any
 from ..ops.recurrence import RecurrenceSpec
 from . import emit, weave
 
-FLAGS = ("GATED", "VECTOR", "RATED", "CONSTANT", "BEFORE", "BONUS", "BY_VALUE", "NORMALISED", "JOINED")
+FLAGS = ("GATED", "VECTOR", "RATED", "CONSTANT", "SUMMED", "BEFORE", "BONUS", "BY_VALUE", "NORMALISED", "JOINED")
 _SETTINGS = ("PRECISION", "NEAR", "OUT_DTYPE", "SAVED_DTYPE", "FEW", "TILES", "EXCHANGED_TILES", "STEP", "RUNTIME")
 
 
@@ -40,6 +40,7 @@ def flags(spec: RecurrenceSpec, *, constant: bool) -> dict[str, bool]:
         "VECTOR": vector,
         "RATED": "rate" in spec.operands,
         "CONSTANT": constant and spec.decay == "head",
+        "SUMMED": spec.decay == "head" and not constant,
         "BEFORE": spec.read == "before",
         "BONUS": "bonus" in spec.operands,
         "BY_VALUE": spec.decay == "value",
@@ -51,9 +52,10 @@ def source(spec: RecurrenceSpec, settings: Settings) -> str:
     """The text of the kernel file."""
     decided = {**flags(spec, constant=settings.constant), "JOINED": settings.joined}
     text = "\n\n".join(_template(name, title, decided) for name, title in (("kernels", "Kernels"), ("launches", "Operation")))
-    used = {name: value for name, value in decided.items() if name in ("BY_VALUE", "NORMALISED", "VECTOR", "GATED", "BEFORE")}
+    asked = ("BY_VALUE", "NORMALISED", "VECTOR", "GATED", "SUMMED", "BEFORE")  # by host functions
+    used = {name: value for name, value in decided.items() if name in asked}
     constants = [f"{name} = {value!r}" for name, value in {**used, **_values(spec, settings)}.items()]
-    runtime = f"RUNTIME = {['T', 'CHUNKS', 'SEGMENT', 'SEGMENTS']!r}"
+    runtime = f"RUNTIME = {['T', 'CHUNKS', 'SEGMENT', 'SEGMENTS', 'SHARES']!r}"
     limits = [f"{name} = tl.constexpr({value!r})" for name, value in _limits(spec, settings).items()]
     parts = [
         "\n".join(["LOG2E = tl.constexpr(1.4426950408889634)", *limits, runtime, *constants]), emit._primitives("tanh"),

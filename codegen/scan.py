@@ -116,7 +116,7 @@ def example(
     generator = torch.Generator(device="cpu").manual_seed(0)
 
     def make(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device)
+        return torch.randn(shape, generator=generator, device="cpu").to(device)
 
     b, h, t, d, rows = 2, 2, 1 if problem.t == 1 else 70, 1 if problem.d == 1 else 40, 16 if spec.has_rows else 1
     whole = (b, h, t, rows, d)

@@ -346,6 +346,12 @@ def plan(device, heads, t, d, config):
     return options, programs, max(1, tile_count(tiles, each)), each
 
 
+def told(planned):
+    """What a plan decides, one value after the other."""
+    options, *counts = planned
+    return *options.values(), *counts
+
+
 def as_columns(*tensors):
     """Tensors [B, H, S, D], or None, with heads and columns as one dimension where the memory of all allows it."""
     given = [x for x in tensors if x is not None]
@@ -374,7 +380,7 @@ def segment_entries(start, x, gate, rate, first, planned, reverse):
     if segments == 1:
         return first
     b, h, t, d = x.shape
-    products, ends = torch.empty((2, b, h, segments, d), dtype=torch.float32, device=x.device)
+    products, ends = start.empty((2, b, h, segments, d), torch.float32)
     start(
         summary_kernel, (programs, segments, 1),
         x, gate, rate, products, ends, *x.stride(), *strides(gate, 4), *strides(rate, 4), h, t, d, each, REVERSE=reverse, **options,
@@ -410,7 +416,7 @@ def forward(v, gate=None, rate=None, initial=None, *, layout="bhtd", config=None
     final = torch.empty((b, h, 1, d), dtype=torch.float32, device=v.device)
     rows = as_columns(v, *decay_rows(gate, rate, v), initial, out)
     planned = plan(v.device, b * rows[0].shape[1], t, rows[0].shape[3], {**FORWARD, **(config or {})})
-    begin(lambda start: launch_forward(*(start, *rows, final, None, planned)), v, out)
+    begin(lambda start: launch_forward(*(start, *rows, final, None, planned)), *rows, final, *told(planned))
     return out, final
 
 
@@ -420,7 +426,7 @@ def launch_backward(start, grad, seen, v, gate, rate, initial, grad_final, outpu
     b, h, t, d = v.shape
     kept = None
     if AGAIN:
-        kept = torch.empty((b, h, tile_count(t, options["STEPS"] * options["LANES"]), d), dtype=torch.float32, device=v.device)
+        kept = start.empty((b, h, tile_count(t, options["STEPS"] * options["LANES"]), d), torch.float32)
         launch_forward(start, v, gate, rate, initial, None, None, kept, planned)
     entry = segment_entries(start, grad, gate, rate, grad_final, planned, True)
     tensors = (grad, seen, gate, rate, initial)
@@ -455,6 +461,6 @@ def backward(grad, grad_final, v, gate=None, rate=None, initial=None, out=None, 
     grad_rate = None if rate_rows is None else dense(shape, torch.float32, v.device, layout)
     grad_initial = None if initial is None else torch.empty((b, h, 1, d), dtype=torch.float32, device=v.device)
     outputs = (*rows[-2:], grad_rate, grad_initial)
-    begin(lambda start: launch_backward(*(start, *rows[:-2], outputs, planned)), grad, v)
+    begin(lambda start: launch_backward(*(start, *rows[:-2], outputs, planned)), *rows[:-2], *outputs, *told(planned))
     parts = [None if x is None else x.unsqueeze(3) for x in (grad_gate, grad_rate)]
     return dv, {**gradients_of_decay(gate, rate, t, *parts), "initial": summed(grad_initial, initial)}

@@ -26,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launching import begin, launched, tile_count
+from .launching import begin, tile_count
 from .primitives import LOG2E, wide
 from .scanning import (
     carry,
@@ -330,7 +330,8 @@ def forward(v, q, k, gate=None, rate=None, initial=None, *, layout="bhtd", confi
         return out, final
     planned = plan(v.device, b * h, t, d, {**FORWARD, **(config or {})})
     varying, constant = decay_views(gate, rate, v, k.shape[3])
-    launch_forward(launched, v, varying, constant, q, k, final, 0, out, planned)
+    run = lambda start: launch_forward(start, v, varying, constant, q, k, final, 0, out, planned)  # noqa: E731
+    begin(run, v, varying, constant, q, k, final, out, *planned[0].values())
     return out, final
 
 
@@ -364,7 +365,9 @@ def backward(grad, grad_final, v, q, k, gate=None, rate=None, initial=None, *, c
             *dv.stride(), *strides(grad_gate, 5), states.stride(0), parts.stride(-2), h, h // k.shape[1], t, d, rows, **options,
         )  # fmt: skip
 
-    begin(run, grad, v)
+    begin(
+        run, grad, v, varying, constant, q, k, states, carried, dv, grad_gate, grad_rate, parts, *options.values()
+    )  # fmt: skip
     return dv, {
         "q": summed_heads(parts[0], q),
         "k": summed_heads(parts[1], k),

@@ -99,6 +99,7 @@ class Pipeline:
             if self.dared_too_much:
                 self.settled.clear()
                 self.stages.clear()
+                self.failures.clear()
                 lifted, rewritten = self.through_the_rooms(module, example_inputs, dare=False)
         except Exception as error:
             why = str(error) if isinstance(error, LiftError) else summary(error)
@@ -200,14 +201,24 @@ class Pipeline:
         with self.timed("loops"):
             brought = [loops.bring(inner, lambda inner=inner: self.view(inner), dare=dare) for inner in graph_modules(module)]  # type: ignore[misc]
         for found in brought:
+            for loop in found.rolled:
+                log.debug("%s: a loop of %d steps (%s) is a scan", self.name, loop.steps, loop.where)
+            for rejected in found.unrolled:
+                self.settle_unmatched(rejected, "loops")
             for rejected in found.refused:
-                log.debug("%s: a loop stays as it is: %s", self.name, rejected.why)
-                attempt = unmatched(rejected, "recurrence")
-                self.settled.append(Settled(attempt=attempt, decision=refusal(attempt, rejected)))
+                self.settle_unmatched(rejected, "recurrence")
         if any(found.substitutions or found.rolled for found in brought):
             module.recompile()
         self.keep("loops", module)
         return brought
+
+    def settle_unmatched(self, rejected: Rejected, family: str) -> None:
+        """Record what the rules did not get to see. A loop that is no scan is no site of any family: nothing was to be decided."""
+        attempt = unmatched(rejected, family)
+        log.debug("%s: %s", self.name, attempt)
+        if rejected.error is not None:
+            self.failures.append(rejected.error)
+        self.settled.append(Settled(attempt=attempt, decision=None if family == "loops" else refusal(attempt, rejected)))
 
     def settle_loops(self, module: GraphModule, brought: list[Loops], outcomes: dict[int, Settled]) -> None:
         """Give back the loops of which a part could not be rewritten; decisions about their other parts are void."""

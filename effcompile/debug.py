@@ -157,6 +157,11 @@ def _brought(graph: GraphModule) -> list[Entry]:
     pipeline = Pipeline(Config.resolve(None, {}))
     brought = pipeline.bring_loops(graph)
     log = [
+        Entry(name="loops", anchor=x.scan.name, outcome="applied", why=f"a loop of {x.steps} steps as a scan", where=x.where)
+        for found in brought
+        for x in found.rolled
+    ]
+    log += [
         Entry(name="loops", anchor=x.anchor.name, outcome="applied", why=f"a {x.what} as linear_scan")
         for found in brought
         for x in found.substitutions

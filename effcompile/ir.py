@@ -20,11 +20,15 @@ Bound = Literal["compute", "memory", "launch"]
 
 @dataclass(frozen=True, kw_only=True)
 class Rejected:
-    """A rule did not apply. `step` names the stage of recognition, `node` the place that stopped it."""
+    """A rule did not apply. `step` names the stage of recognition, `node` the place that stopped it.
+
+    `error` is what was raised, which nothing should.
+    """
 
     why: str
     step: str = ""
     node: Node | None = None
+    error: Exception | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

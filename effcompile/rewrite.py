@@ -33,7 +33,7 @@ _B, _H, _I, _C, _D = (integer_symbol(name) for name in ("b", "h", "i", "c", "d")
 
 @dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """One rule tried at one anchor. `result` is its match, or why not; `error` what the rule raised, which no rule should.
+    """One rule tried at one anchor. `result` is its match, or why not.
 
     `where` is `file:line` in the user's code, `module` the path of the module that the line runs in.
     """
@@ -45,11 +45,15 @@ class Attempt:
     module: str
     result: Match | Rejected
     seconds: float
-    error: Exception | None = None
 
     @property
     def matched(self) -> bool:
         return isinstance(self.result, Match)
+
+    @property
+    def error(self) -> Exception | None:
+        """What the rule raised, which no rule should."""
+        return self.result.error if isinstance(self.result, Rejected) else None
 
     @property
     def site(self) -> str:
@@ -91,11 +95,10 @@ def attempt_again(attempt: Attempt, rules: Iterable[Rule], view: GraphView) -> A
 
 
 def unmatched(rejected: Rejected, family: str) -> Attempt:
-    """The attempt that a rejection outside of the rules amounts to."""
+    """The attempt that a rejection outside of the rules amounts to; of the whole graph, if it names no node."""
     node = rejected.node
-    assert node is not None
-    where, module = source_line(node), module_path(node)
-    return Attempt(rule=family, family=family, anchor=node.name, where=where, module=module, result=rejected, seconds=0.0)
+    anchor, where, module = (node.name, source_line(node), module_path(node)) if node is not None else ("", "", "")
+    return Attempt(rule=family, family=family, anchor=anchor, where=where, module=module, result=rejected, seconds=0.0)
 
 
 def is_stale(match: Match, graph: Graph) -> bool:
@@ -105,11 +108,11 @@ def is_stale(match: Match, graph: Graph) -> bool:
 
 def _attempt(rule: Rule, node: Node, view: GraphView) -> Attempt:
     start = time.perf_counter()
-    failure = None
     try:
         result = rule.recognise(node, view)
     except Exception as error:  # a rule that fails must not take the compile with it
-        failure, result = error, Rejected(step="internal", why=f"rule {rule.name} failed with {summary(error)}", node=node)
+        why = f"rule {rule.name} failed with {summary(error)}"
+        result = Rejected(step="internal", why=why, node=node, error=error)
     return Attempt(
         rule=rule.name,
         family=rule.family,
@@ -118,7 +121,6 @@ def _attempt(rule: Rule, node: Node, view: GraphView) -> Attempt:
         module=module_path(node),
         result=result,
         seconds=time.perf_counter() - start,
-        error=failure,
     )
 
 

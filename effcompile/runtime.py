@@ -91,17 +91,18 @@ def _recurrence(v: torch.Tensor, operands: Any, spec: str, layout: str) -> tuple
 
 
 def _recurrence_backward(
-    grad: Any, grad_normaliser: Any, grad_final: Any, v: torch.Tensor, operands: Any, out: Any, spec: str
+    grad: Any, grad_normaliser: Any, grad_final: Any, v: torch.Tensor, operands: Any, out: Any, spec: str, decay: bool
 ) -> list[torch.Tensor]:
     from .codegen import recurrence_aten
 
-    arguments = (grad, grad_normaliser, grad_final, v, operands, out, parse_recurrence(spec))
+    parsed = parse_recurrence(spec)
+    arguments = (grad, grad_normaliser, grad_final, v, operands, out, parsed)
 
     def reference() -> list[torch.Tensor]:
         found = recurrence.reference_backward(*arguments)
         return [torch.empty_like(x).copy_(g) for x, g in zip((v, *operands), found, strict=True)]
 
-    return _guarded(lambda: recurrence_aten.backward(*arguments), reference, _RECURRENCE)
+    return recurrence.without_decay(_guarded(lambda: recurrence_aten.backward(*arguments), reference, _RECURRENCE), parsed, decay)
 
 
 def _recurrence_on_gpu(v: torch.Tensor, operands: Any, spec: str, layout: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -116,14 +117,14 @@ def _recurrence_on_gpu(v: torch.Tensor, operands: Any, spec: str, layout: str) -
 
 
 def _recurrence_backward_on_gpu(
-    grad: Any, grad_normaliser: Any, grad_final: Any, v: torch.Tensor, operands: Any, out: Any, spec: str
+    grad: Any, grad_normaliser: Any, grad_final: Any, v: torch.Tensor, operands: Any, out: Any, spec: str, decay: bool
 ) -> list[torch.Tensor]:
     from .codegen import recurrence as kernels
 
     with torch.cuda.device_of(v):
         return _guarded(
-            lambda: kernels.backward(grad, grad_normaliser, grad_final, v, operands, out, parse_recurrence(spec)),
-            lambda: _recurrence_backward(grad, grad_normaliser, grad_final, v, operands, out, spec),
+            lambda: kernels.backward(grad, grad_normaliser, grad_final, v, operands, out, parse_recurrence(spec), decay=decay),
+            lambda: _recurrence_backward(grad, grad_normaliser, grad_final, v, operands, out, spec, decay),
             _CHUNKS,
         )
 

@@ -16,12 +16,9 @@ from effcompile.contraction import BIASED, Contraction, contraction_of
 from effcompile.pattern import CASTS, describe
 
 from .factors import constant
+from .tentative import Stop
 
 aten = torch.ops.aten
-
-
-class Stop(Exception):
-    """A loop stays as it is, for a reason."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -25,8 +26,8 @@ from .exact import ENTER_LANE, LEAVE_LANE, Evaluator, OutsideError, P, Sizes, Va
 from .exact_moves import CUMULATIVE, MOVES
 from .exact_operations import OPERATIONS, VIEWS
 from .prefixes import AS_LOGARITHM, Component, Left, Recurrence, survey
-from .scans import UnwritableError, in_memory_order, one, scan_of, substitution
-from .tentative import Substitution
+from .scans import in_memory_order, one, scan_of, written
+from .tentative import Stop, Substitution, substitutions
 
 aten = torch.ops.aten
 
@@ -41,15 +42,11 @@ NOT_ALL_PREFIXES = "it combines steps as a linear recurrence does, but its resul
 
 def find(module: GraphModule) -> tuple[list[Substitution], list[Rejected]]:
     """Scans in place of what computes them, not yet applied, and why others stay."""
-    substitutions: list[Substitution] = []
-    reasons: list[Rejected] = []
-    for node in list(module.graph.nodes):
-        if isinstance(node.target, _torch.HigherOrderOperator) and str(node.target) == "associative_scan":
-            found, rejected = _whole(module, node)
-            substitutions += found
-            reasons += rejected
-    found, rejected = _trees(module)
-    return substitutions + found, reasons + rejected
+    operators = [node for node in module.graph.nodes if isinstance(node.target, _torch.HigherOrderOperator)]
+    whole = [node for node in operators if str(node.target) == "associative_scan"]
+    found, refused = substitutions(((node, partial(_whole, module, node)) for node in whole), "scan")
+    trees, reasons = _trees(module)
+    return found + trees, refused + reasons
 
 
 # -------------------------------------------------------------------- trees
@@ -57,15 +54,8 @@ def find(module: GraphModule) -> tuple[list[Substitution], list[Rejected]]:
 
 def _trees(module: GraphModule) -> tuple[list[Substitution], list[Rejected]]:
     found = survey(module, _is_tree, _is_worthwhile)
-    substitutions: list[Substitution] = []
     reasons: list[Rejected] = []
-    explained: set[Node] = set()
-    for recurrence in found.found:
-        explained |= recurrence.interior
-        try:
-            substitutions.append(substitution(recurrence, "an associative scan", found.blocks))
-        except UnwritableError as error:
-            reasons.append(Rejected(step="scan", why=str(error), node=recurrence.node))
+    explained = {node for recurrence in found.found for node in recurrence.interior}
     sizes = Sizes(module.graph.nodes)
     for block in found.blocks:
         if _is_first_level(block) and explained.isdisjoint(block):
@@ -77,7 +67,8 @@ def _trees(module: GraphModule) -> tuple[list[Substitution], list[Rejected]]:
         if why and explained.isdisjoint(left.component.nodes):
             explained |= set(left.component.nodes)
             reasons.append(Rejected(step="scan", why=why, node=left.component.nodes[-1]))
-    return substitutions, reasons
+    trees, refused = written(found.found, "an associative scan", found.blocks, "scan")
+    return trees, refused + reasons
 
 
 def _is_tree(component: Component) -> bool:
@@ -221,7 +212,7 @@ class _Combine:
 # -------------------------------------------------------------------- torch's operation
 
 
-def _whole(module: GraphModule, node: Node) -> tuple[list[Substitution], list[Rejected]]:
+def _whole(module: GraphModule, node: Node, builder: Builder) -> Substitution | None:
     """Scans for the results of `associative_scan(combine, xs, further)` that are used."""
     body, xs = module.get_submodule(str(node.args[0].target)), node.args[1]  # type: ignore[union-attr]
     assert isinstance(body, GraphModule)
@@ -229,21 +220,19 @@ def _whole(module: GraphModule, node: Node) -> tuple[list[Substitution], list[Re
     results = {user: meanings[int(user.args[1])] for user in node.users if user.users}  # type: ignore[arg-type]
     for result, meaning in results.items():
         if meaning is None:
-            return [], [Rejected(step="scan", why=NOT_AFFINE, node=node)]
+            raise Stop(NOT_AFFINE)
         if meaning.logarithmic and not _is_exponentiated(result):
-            return [], [Rejected(step="scan", why=AS_LOGARITHM, node=node)]
+            raise Stop(AS_LOGARITHM)
     pairs: list[tuple[Node, Node]] = []
     scans: list[Node] = []
     for result, meaning in results.items():
         assert meaning is not None
-        builder = Builder(node.graph, result)
         scans.append(_scan_of(builder, meaning, xs, int(result.args[1])))  # type: ignore[arg-type]
         states = builder.call(aten.log.default, scans[-1]) if meaning.logarithmic else scans[-1]
         pairs.append((result, in_memory_order(builder, states, result)))
     if not pairs:
-        return [], []
-    found = Substitution(what="an associative scan", anchor=node, pairs=tuple(pairs), scans=tuple(scans), regions=((node,),))
-    return [found], []
+        return None
+    return Substitution(what="an associative scan", anchor=node, pairs=tuple(pairs), scans=tuple(scans), regions=((node,),))
 
 
 def _is_exponentiated(node: Node) -> bool:

@@ -20,7 +20,7 @@ from .exact import name_of
 from .exact_moves import CUMULATIVE
 from .exact_operations import OPERATIONS
 from .prefixes import Component, Recurrence, survey
-from .scans import UnwritableError, substitution
+from .scans import written
 from .tentative import Substitution
 
 _NEAR = 12  # operations between two cumulative ones that are looked through for a reason
@@ -29,22 +29,16 @@ _NEAR = 12  # operations between two cumulative ones that are looked through for
 def find(module: GraphModule) -> tuple[list[Substitution], list[Rejected]]:
     """Scans in place of closed forms, not yet applied, and why what resembles one stays."""
     found = survey(module, _has_cumulative, _is_more)
-    substitutions: list[Substitution] = []
-    reasons: list[Rejected] = []
-    explained: set[Node] = set()
-    for recurrence in found.found:
-        explained |= recurrence.interior
-        try:
-            substitutions.append(substitution(recurrence, "a closed form of a recurrence", found.blocks))
-        except UnwritableError as error:
-            reasons.append(Rejected(step="closed form", why=str(error), node=recurrence.node))
+    explained = {node for recurrence in found.found for node in recurrence.interior}
+    reasons = []
     obstacles = {node: left.why for left in found.left if left.why for node in left.component.nodes}
     for node in module.graph.nodes:
         if name_of(node) in CUMULATIVE and node not in explained:
             why = obstacles.get(node) or _why_not(node)
             if why and (_is_weighted(node) or why in obstacles.values()):
                 reasons.append(Rejected(step="closed form", why=why, node=node))
-    return substitutions, reasons
+    substitutions, refused = written(found.found, "a closed form of a recurrence", found.blocks, "closed form")
+    return substitutions, refused + reasons
 
 
 def _has_cumulative(component: Component) -> bool:

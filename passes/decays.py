@@ -22,9 +22,9 @@ from effcompile.intervals import interval
 from effcompile.ir import Computed, Operand
 from effcompile.pattern import CASTS
 from effcompile.ranges import Ranges
-from effcompile.viewmaps import Index, shape_of
+from effcompile.viewmaps import Index
 
-from .factors import Factor, Product, constant, product
+from .factors import Factor, Product, aligned, constant, product
 from .specify import Stop
 
 aten = torch.ops.aten
@@ -91,10 +91,8 @@ def decay_of(coefficient: Any, symbols: Index, ranges: Ranges, own: set[Any]) ->
     if coefficient is None:
         return Decay()
     assert isinstance(coefficient, Node)
-    shape = shape_of(coefficient)
-    aligned = symbols[len(symbols) - len(shape) :]
-    index = tuple(s if n != 1 else sympy.S.Zero for s, n in zip(aligned, shape, strict=True))
-    found = product(Factor(coefficient, index), ranges, lambda f: f.node.target not in _LEAVES and not _is_whole(f.node))
+    factor = aligned(coefficient, symbols)
+    found = product(factor, ranges, lambda f: f.node.target not in _LEAVES and not _is_whole(f.node))
     if not found.scale > 0:
         raise Stop("decay", f"the coefficient has the factor {found.scale}, which has no logarithm", coefficient)
     parts = [_part(f, ranges) for f in found.factors]

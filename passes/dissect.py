@@ -13,6 +13,7 @@ known factors.
 from __future__ import annotations
 
 import operator
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,8 +26,8 @@ from effcompile.ir import Rejected
 from effcompile.ops import linear_scan as _linear_scan  # noqa: F401  defines the operator
 from effcompile.pattern import GraphView, describe
 
-from .affine import Known, Maximum, Step, Stop, combined, lifted, source_of
-from .tentative import Substitution
+from .affine import Known, Maximum, Step, combined, lifted, source_of
+from .tentative import Stop, Substitution, substitutions
 
 aten = torch.ops.aten
 SCAN = torch.ops.higher_order.scan
@@ -36,17 +37,8 @@ CONTRACT = torch.ops.effcompile.contract.default
 
 def find(module: GraphModule, view: GraphView) -> tuple[list[Substitution], list[Rejected]]:
     """The scans of a graph, each with what it amounts to, added to the graph and not yet used; and why others are left alone."""
-    found, refused = [], []
-    for node in list(module.graph.nodes):
-        if node.op != "call_function" or node.target is not SCAN:
-            continue
-        builder = Builder(module.graph, node)
-        try:
-            found.append(_substitution(node, view, builder))
-        except Stop as stop:
-            builder.undo()
-            refused.append(Rejected(step="scan", why=str(stop), node=node))
-    return found, refused
+    scans = [node for node in module.graph.nodes if node.op == "call_function" and node.target is SCAN]
+    return substitutions(((node, partial(_substitution, node, view)) for node in scans), "scan")
 
 
 def why_not(body: GraphModule, states: int, sequences: int, steps: int) -> str | None:

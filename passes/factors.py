@@ -42,6 +42,13 @@ class Factor:
         return frozenset().union(*(term.free_symbols for term in self.index))
 
 
+def aligned(node: Node, symbols: Index) -> Factor:
+    """A node whose dimensions are the last of `symbols`, as in broadcasting: of size 1, it is read at 0."""
+    shape = shape_of(node)
+    own = symbols[len(symbols) - len(shape) :]
+    return Factor(node, tuple(s if n != 1 else sympy.S.Zero for s, n in zip(own, shape, strict=True)))
+
+
 @dataclass(frozen=True)
 class Product:
     """`scale * factors[0] * factors[1] * ...`"""

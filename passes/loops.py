@@ -18,8 +18,8 @@ from effcompile.loops import Loop
 from effcompile.pattern import GraphView
 
 from . import associative, closed_forms, dissect
-from .reroll import LEAST_STEPS, Rolled, reroll
-from .tentative import Substitution
+from .reroll import LEAST_STEPS, Rerolled, Rolled, reroll
+from .tentative import Substitution, rejection
 
 Source = Callable[[GraphModule, GraphView], tuple[list[Substitution], list[Rejected]]]
 
@@ -38,13 +38,13 @@ class Loops:
     """What was brought, and what was not and why.
 
     `rolled` are the loops that are scans now; `daring` says that some of them could not run, or should not, as the scans that
-    they are.
+    they are. `unrolled` says why others are none.
     """
 
     substitutions: list[Substitution] = field(default_factory=list)
     refused: list[Rejected] = field(default_factory=list)
     rolled: tuple[Rolled, ...] = ()
-    unrolled: tuple[str, ...] = ()
+    unrolled: tuple[Rejected, ...] = ()
     daring: bool = False
 
 
@@ -55,19 +55,14 @@ def bring(module: GraphModule, view: Callable[[], GraphView], *, dare: bool = Tr
         view: looks at the graph as it then is.
         dare: roll up a loop of few steps too, or one that torch cannot run as a scan, if it will be taken apart.
     """
-    loops = Loops()
+    daring = Rerolled()
     if dare:
-        mutating = view().mutating
-        daring = reroll(
-            module, least_steps=_FEWEST_CHUNKS, mutating=mutating, certain=_will_be_taken_apart, accept=_only_certain
-        )  # fmt: skip
-        loops.daring = bool(daring.loops)
-        loops.rolled = daring.loops
+        daring = reroll(module, least_steps=_FEWEST_CHUNKS, mutating=view().mutating, accept=_why_not, runs=False)
     plain = reroll(module, least_steps=LEAST_STEPS, mutating=view().mutating)
-    loops.rolled += plain.loops
-    loops.unrolled = plain.refused
+    stay = [x for x in daring.refused if x not in plain.refused and x.node is not None and not x.node._erased]
+    loops = Loops(rolled=daring.loops + plain.loops, unrolled=(*plain.refused, *stay), daring=bool(daring.loops))
     for source in SOURCES:
-        found, refused = source(module, view())
+        found, refused = _found_by(source, module, view)
         for substitution in found:
             substitution.apply()
         loops.substitutions += found
@@ -75,12 +70,23 @@ def bring(module: GraphModule, view: Callable[[], GraphView], *, dare: bool = Tr
     return loops
 
 
-def _will_be_taken_apart(loop: Loop) -> bool:
-    return dissect.why_not(loop.body, len(loop.inits), len(loop.xs), loop.steps) is None
+def _why_not(loop: Loop) -> str | None:
+    """Why a loop is rolled up only if torch can run it, and it is long."""
+    return dissect.why_not(loop.body, len(loop.inits), len(loop.xs), loop.steps)
 
 
-def _only_certain(loop: Loop) -> str:
-    return "it is not taken apart"
+def _found_by(
+    source: Source, module: GraphModule, view: Callable[[], GraphView]
+) -> tuple[list[Substitution], list[Rejected]]:  # fmt: skip
+    """What a source finds. If it fails, nothing, and the graph is as it was."""
+    before = set(module.graph.nodes)
+    try:
+        return source(module, view())
+    except Exception as error:
+        for node in reversed(module.graph.nodes):
+            if node not in before:
+                module.graph.erase_node(node)
+        return [], [rejection(error, "scan")]
 
 
 def settle(substitutions: Sequence[Substitution]) -> list[Substitution]:

@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from effcompile.viewmaps import Index, shape_of
 
-from .factors import Factor, product
+from .factors import Factor, aligned, product
 from .reads import Read, is_zero
 from .sites import Site
 
@@ -53,30 +53,29 @@ def _read_of(other: Site, site: Site, read: Read, keys: Sequence[Factor], rows: 
     total = reads.contractions[0]
     renamed = dict(zip(other.symbols, rows, strict=True))
 
-    def here(factor: Factor) -> Factor:
-        return Factor(factor.node, tuple(term.xreplace(renamed) for term in factor.index))
-
     alike = (
         total.before == read.before and total.beside is None and renamed[total.summed] is read.summed
-        and _leaves([here(total.query)], site) == _leaves([read.query], site)
-        and _leaves([here(Factor(other.offset, other.index))], site) == _leaves(keys, site)
+        and _leaves([_renamed(total.query, renamed)], site) == _leaves([read.query], site)
+        and _leaves([_renamed(Factor(other.offset, other.index), renamed)], site) == _leaves(keys, site)
         and _decays(other, renamed, site) == _decays(site, {}, site)
     )  # fmt: skip
     if not alike:
         return None
     return Read(
-        node=total.node, index=tuple(term.xreplace(renamed) for term in total.index), query=here(total.query), summed=read.summed,
-        before=total.before, beside=None,
+        node=total.node, index=tuple(term.xreplace(renamed) for term in total.index), query=_renamed(total.query, renamed),
+        summed=read.summed, before=total.before, beside=None,
     )  # fmt: skip
 
 
 def _decays(own: Site, renamed: dict[Any, Any], site: Site) -> Leaves | None:
     if own.coefficient is None:
         return None
-    shape = shape_of(own.coefficient)
-    aligned = own.symbols[len(own.symbols) - len(shape) :]
-    index = tuple(s.xreplace(renamed) if n != 1 else sympy.S.Zero for s, n in zip(aligned, shape, strict=True))
-    return _leaves([Factor(own.coefficient, index)], site)
+    factor = aligned(own.coefficient, own.symbols)
+    return _leaves([_renamed(factor, renamed)], site)
+
+
+def _renamed(factor: Factor, renamed: dict[Any, Any]) -> Factor:
+    return Factor(factor.node, tuple(term.xreplace(renamed) for term in factor.index))
 
 
 def _leaves(factors: Sequence[Factor], site: Site) -> Leaves:

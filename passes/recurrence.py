@@ -23,7 +23,7 @@ from effcompile.terms import Term
 from effcompile.viewmaps import Index, shape_of
 
 from .decays import Decay, decay_of
-from .factors import Factor, Mixed, product
+from .factors import Factor, Mixed, aligned, product
 from .normalisers import normaliser_of
 from .reads import Read
 from .sites import Axes, B, C, D, H, I, Site
@@ -132,15 +132,9 @@ def _column(site: Site, read: Read) -> Any:
     free = [x for x in site.symbols[1:] if x is not read.summed and x not in read.query.symbols and site.size(x) != 1]
     if not free:
         return None
-    decays = set() if site.coefficient is None else _varying(site.coefficient, site.symbols)
+    decays = frozenset() if site.coefficient is None else aligned(site.coefficient, site.symbols).symbols
     quiet = [x for x in free if x not in decays]
     return (quiet or free)[-1]
-
-
-def _varying(node: Node, symbols: Index) -> set[Any]:
-    """The symbols along which a node, right-aligned, is not of size 1."""
-    shape = shape_of(node)
-    return {s for s, n in zip(symbols[len(symbols) - len(shape) :], shape, strict=True) if n != 1}
 
 
 def _decay_operands(decay: Decay, axes: Axes) -> dict[str, Any]:
@@ -154,7 +148,7 @@ def _decay_operands(decay: Decay, axes: Axes) -> dict[str, Any]:
 
 def _with_signs(signed: Sequence[Factor], inputs: dict[str, Any], axes: Axes, site: Site) -> dict[str, Any]:
     """Queries and keys times the product of the decay's signs up to their step."""
-    if any(s in axes.at(f.index) for f in signed for s in (D,)) or site.reads.last and any(x.users for x in site.reads.last):
+    if any(D in axes.at(f.index) for f in signed) or any(node.users for node in site.reads.last):
         raise Stop(
             "decay", "a decay that may be negative differs from column to column, or the last state is asked for", site.anchor
         )
@@ -171,8 +165,8 @@ def _with_signs(signed: Sequence[Factor], inputs: dict[str, Any], axes: Axes, si
         def compute(builder: Any, nodes: Sequence[Node], own: Any = own, count: int = len(parts)) -> Node:
             value = own.compute(builder, nodes[:count]) if isinstance(own, Computed) else nodes[0]
             decay = factor.compute(builder, nodes[count:]) if isinstance(factor, Computed) else nodes[count]
-            zero = builder.call(aten.lt.Scalar, decay, 0)
-            flips = builder.call(aten.cumsum.default, zero, 2)
+            negative = builder.call(aten.lt.Scalar, decay, 0)
+            flips = builder.call(aten.cumsum.default, negative, 2)
             odd = builder.call(aten.remainder.Scalar, flips, 2)
             sign = builder.call(aten.rsub.Scalar, builder.call(aten.mul.Scalar, odd, 2), 1)
             return builder.call(aten.mul.Tensor, value, sign)
@@ -219,7 +213,7 @@ def _elements(site: Site) -> Match:
     }  # fmt: skip
     kind: Any = "none"
     if site.coefficient is not None:
-        gate = Factor(site.coefficient, _aligned(site.coefficient, site.symbols))
+        gate = aligned(site.coefficient, site.symbols)
         roles = axes.roles(B, H, I, C, D)
         inputs["gate"] = axes.operand([gate], roles, "coefficient")
         kind = "value" if inputs["gate"].shape[4] != 1 else "head"
@@ -233,11 +227,6 @@ def _elements(site: Site) -> Match:
         out=str(site.anchor.meta["val"].dtype).removeprefix("torch."),
     )  # fmt: skip
     return _match(site, spec, inputs, site.anchor, axes.at(site.symbols), {}, matrix=False)
-
-
-def _aligned(node: Node, symbols: Index) -> Index:
-    shape = shape_of(node)
-    return tuple(s if n != 1 else sympy.S.Zero for s, n in zip(symbols[len(symbols) - len(shape) :], shape, strict=True))
 
 
 def _check_kept(site: Site) -> None:

@@ -8,19 +8,21 @@ The same operators run on the same values in the same order: equal to the last b
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 from torch.fx import GraphModule, Node
 
 from effcompile._regions import mode_regions, requires_grad
-from effcompile.errors import EffcompileError, summary
+from effcompile.errors import EffcompileError
+from effcompile.ir import Rejected
 from effcompile.loops import Loop, RefusedError, Steps, Stretch, best_rotation, difference, moves, stretches
 from effcompile.pattern import source_line
 from effcompile.repeats import Repeats, Run, items_of
 from effcompile.rolled import loop_of
 
 from .rollup import Replacement, Rolled, can_run
+from .tentative import Stop, rejection
 
 # Measured with an RNN and an LSTM on a CPU: from here on an unrolled loop takes longer to compile than a scan.
 LEAST_STEPS = 64
@@ -29,22 +31,22 @@ _FEWEST = 3  # two steps may be alike by chance
 
 @dataclass(frozen=True, kw_only=True)
 class Rerolled:
-    """What became of a graph's loops; `refused` has a sentence with the source line for each that stays unrolled."""
+    """What became of a graph's loops; `refused` says why others stay unrolled."""
 
     loops: tuple[Rolled, ...] = ()
-    refused: tuple[str, ...] = ()
+    refused: tuple[Rejected, ...] = ()
 
 
 @dataclass
 class _Found:
     loops: list[Loop] = field(default_factory=list)
-    refused: list[str] = field(default_factory=list)
+    refused: list[Rejected] = field(default_factory=list)
 
 
 def find_loops(
     module: GraphModule, *, least_steps: int = LEAST_STEPS, mutating: frozenset[Node] = frozenset()
-) -> tuple[tuple[Loop, ...], tuple[str, ...]]:
-    """The outermost unrolled loops of at least `least_steps` steps, and for each that cannot be rolled up a sentence that says why.
+) -> tuple[tuple[Loop, ...], tuple[Rejected, ...]]:
+    """The outermost unrolled loops of at least `least_steps` steps, and why others cannot be rolled up.
 
     The graph is left as it is. Nodes in `mutating` write behind its back: no loop has one inside.
     """
@@ -63,14 +65,15 @@ def find_loops(
             repeats.take(run.end)
         elif equal:
             repeats.refuse(run)
-    return tuple(found.loops), tuple(dict.fromkeys(found.refused))
+    return tuple(found.loops), _distinct(found.refused)
 
 
 def _loops_in(run: Run, steps: Steps, equal: list[Stretch], least: int, found: _Found) -> list[Loop]:
     """The loops among the stretches of equal steps of a run."""
     if not equal:
         if moves(steps.lines(steps.count - 1)):
-            found.refused.append(_sentence(*difference(steps)))
+            why, node = difference(steps)
+            found.refused.append(_stays(Stop(why), node))
         return []
     rotation = best_rotation(equal[0], run)
     candidates = equal
@@ -82,16 +85,27 @@ def _loops_in(run: Run, steps: Steps, equal: list[Stretch], least: int, found: _
             loop = loop_of(stretch)
         except RefusedError as error:
             if moves(stretch.lines):
-                found.refused.append(_sentence(error.why, error.node))
+                found.refused.append(_stays(Stop(error.why), error.node))
+            continue
+        except Exception as error:
+            found.refused.append(_stays(error, stretch.steps.item(stretch.first, 0).node))
             continue
         if loop.xs or loop.collected:
             loops.append(loop)
     return loops
 
 
-def _sentence(why: str, node: Node) -> str:
-    where = source_line(node)
-    return f"a loop stays unrolled: {why}{f' ({where})' if where else ''}"
+def _stays(error: Exception, node: Node) -> Rejected:
+    rejected = rejection(error, "reroll", node)
+    return replace(rejected, why=f"a loop stays unrolled: {rejected.why}")
+
+
+def _distinct(refused: Sequence[Rejected]) -> tuple[Rejected, ...]:
+    """One for each reason and source line."""
+    found: dict[tuple[str, str], Rejected] = {}
+    for rejected in refused:
+        found.setdefault((rejected.why, source_line(rejected.node) if rejected.node is not None else ""), rejected)
+    return tuple(found.values())
 
 
 # -------------------------------------------------------------------- the pass
@@ -103,35 +117,34 @@ def reroll(
     least_steps: int = LEAST_STEPS,
     mutating: frozenset[Node] = frozenset(),
     accept: Callable[[Loop], str | None] = lambda loop: None,
-    certain: Callable[[Loop], bool] = lambda loop: False,
+    runs: bool = True,
 ) -> Rerolled:
     """Replace each unrolled loop of at least `least_steps` steps by a scan. A loop inside the steps of another stays in its body.
 
-    `accept` gives a reason to leave a loop unrolled, or None. A loop whose scan cannot be built stays as it is. `certain` loops are
-    rolled up whether torch can run them or not: their scan will not be run. A graph with a scan is to be compiled by
-    `_dynamo.inductor`, or within `_torch.keeping_saved_tensors()`.
+    `accept` gives a reason to leave a loop unrolled, or None. A loop whose scan cannot be built stays as it is. If the scan `runs`,
+    torch must be able to run it: else it will be replaced. A graph with a scan is to be compiled by `_dynamo.inductor`, or within
+    `_torch.keeping_saved_tensors()`.
     """
     rolled: list[Rolled] = []
+    refused: list[Rejected] = []
     requiring = requires_grad(module)
     changed = True
     while changed:
         changed = False
-        loops, sentences = find_loops(module, least_steps=least_steps, mutating=mutating)
-        refused = dict.fromkeys(sentences)
+        loops, stay = find_loops(module, least_steps=least_steps, mutating=mutating)
+        refused = list(stay)
         renamed: dict[Node, Node] = {}
         for loop in loops:
-            trains = any(node in requiring for node in loop.nodes)
-            sure = certain(loop)
-            why = None if sure else accept(loop) or can_run(loop, trains, requiring)
-            if why is None:
-                try:
-                    rolled.append(Replacement(module, loop, None if sure else trains, requiring, renamed).carry_out())
-                    changed = True
-                except Exception as error:
-                    why = f"an internal failure: {summary(error)}"
-            if why is not None:
-                refused[_sentence(why, loop.first)] = None
+            try:
+                trains = any(node in requiring for node in loop.nodes)
+                why = accept(loop) or (can_run(loop, trains, requiring) if runs else None)
+                if why is not None:
+                    raise Stop(why)
+                rolled.append(Replacement(module, loop, trains if runs else None, requiring, renamed).carry_out())
+                changed = True
+            except Exception as error:
+                refused.append(_stays(error, loop.first))
         if changed:
             module.graph.lint()
             module.recompile()
-    return Rerolled(loops=tuple(rolled), refused=tuple(refused))
+    return Rerolled(loops=tuple(rolled), refused=_distinct(refused))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.fx import Node
 
 from effcompile._torch import OpOverload
 from effcompile.builder import Builder, is_pure
+from effcompile.ir import Rejected
 from effcompile.ops import linear_scan as linear_scan
 from effcompile.viewmaps import size_term
 
@@ -21,27 +23,26 @@ from .exact import ENTER_LANE, LEAVE_LANE, name_of
 from .exact_operations import OPERATIONS
 from .first_order import Factor, Product
 from .prefixes import Recurrence
-from .tentative import Substitution
+from .tentative import Stop, Substitution, substitutions
 
 aten = torch.ops.aten
 
 _FUNCTORCH = ("_vmap_increment_nesting", "_vmap_decrement_nesting", "lazy_load_decompositions")
 
 
-class UnwritableError(Exception):
-    """A recurrence that cannot be written as a scan, and why."""
+def written(
+    recurrences: Sequence[Recurrence], what: str, blocks: Sequence[tuple[Node, ...]], step: str
+) -> tuple[list[Substitution], list[Rejected]]:
+    """Scans in place of recurrences, not yet applied, and why others cannot be written so."""
+    return substitutions(((r.node, partial(_substitution, r, what, blocks)) for r in recurrences), step)
 
 
-def substitution(recurrence: Recurrence, what: str, blocks: Sequence[tuple[Node, ...]]) -> Substitution:
-    """A scan in place of a recurrence, not yet applied. UnwritableError leaves the graph as it was."""
+def _substitution(
+    recurrence: Recurrence, what: str, blocks: Sequence[tuple[Node, ...]], builder: Builder
+) -> Substitution:  # fmt: skip
     node = recurrence.node
-    builder = Builder(node.graph, node)
-    try:
-        scan = _scan(builder, recurrence)
-        result = _as_before(builder, recurrence, scan)
-    except Exception:
-        builder.undo()
-        raise
+    scan = _scan(builder, recurrence)
+    result = _as_before(builder, recurrence, scan)
     regions = regions_before(recurrence.interior, node, blocks)
     return Substitution(what=what, anchor=node, pairs=((node, result),), scans=(scan,), regions=regions)
 
@@ -188,7 +189,7 @@ def _size(builder: Builder, recurrence: Recurrence, dim: int) -> Any:
     for node, dims in recurrence.dims.items():
         if dim in dims:
             return builder.call(aten.sym_size.int, node, dims.index(dim))
-    raise UnwritableError("the recurrence's result has a symbolic size that no operand has")
+    raise Stop("the recurrence's result has a symbolic size that no operand has")
 
 
 def _as_before(builder: Builder, recurrence: Recurrence, scan: Node) -> Node:
@@ -213,7 +214,7 @@ def in_memory_order(builder: Builder, result: Node, wanted: Node) -> Node:
         return result
     if not all(isinstance(n, int) for n in (*old.shape, *old.stride())):
         if not old.is_contiguous():
-            raise UnwritableError("the recurrence's result has symbolic strides")
+            raise Stop("the recurrence's result has symbolic strides")
         return builder.call(aten.clone.default, result, memory_format=torch.contiguous_format)
     order = sorted(range(old.dim()), key=lambda k: -old.stride(k))
     strides = [math.prod(old.shape[d] for d in order[order.index(k) + 1 :]) for k in range(old.dim())]

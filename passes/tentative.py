@@ -3,12 +3,18 @@ substitute."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch.fx import Node
 
-from effcompile.builder import erase_with_inputs, is_pure
+from effcompile.builder import Builder, erase_with_inputs, is_pure
+from effcompile.errors import summary
+from effcompile.ir import Rejected
+
+
+class Stop(Exception):
+    """What is there stays as it is, for a reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +56,37 @@ class Substitution:
                 erase_with_inputs(old)
         for region in reversed(self.regions):
             _erase_region(region)
+
+
+def substitutions(
+    sites: Iterable[tuple[Node, Callable[[Builder], Substitution | None]]], step: str
+) -> tuple[list[Substitution], list[Rejected]]:
+    """What is written for each site, not yet applied, and why nothing is for others.
+
+    Args:
+        sites: an anchor, and what writes its substitute with a builder before that node. `Stop` says why it does not; it and any
+            other exception leave the graph as it was, and the other sites to be tried.
+        step: the stage of recognition that a `Stop` is reported at.
+    """
+    found, refused = [], []
+    for anchor, write in sites:
+        builder = Builder(anchor.graph, anchor)
+        try:
+            substitution = write(builder)
+        except Exception as error:
+            builder.undo()
+            refused.append(rejection(error, step, anchor))
+            continue
+        if substitution is not None:
+            found.append(substitution)
+    return found, refused
+
+
+def rejection(error: Exception, step: str, node: Node | None = None) -> Rejected:
+    """Why something stays as it is: what a `Stop` says, or that something else went wrong, which nothing should."""
+    if isinstance(error, Stop):
+        return Rejected(step=step, why=str(error), node=node)
+    return Rejected(step="internal", why=f"an internal failure: {summary(error)}", node=node, error=error)
 
 
 def _erase_region(region: Sequence[Node]) -> None:

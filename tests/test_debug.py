@@ -154,6 +154,35 @@ def test_normalize_runs_first_where_it_has_not():
     assert [entry.name for entry in log] == ["attention"]
 
 
+def recurrent(x):
+    h, out = torch.zeros(3), []
+    for t in range(len(x)):
+        h = torch.tanh(h + x[t])
+        out.append(h)
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("steps", [6, 64])
+def test_what_became_of_a_loop(steps, caplog):
+    graph = debug.capture(recurrent, torch.randn(steps, 3))
+    with caplog.at_level("DEBUG", logger="effcompile"):
+        result, log = debug.run_pass("loops", graph)
+    loop, *others = [entry for entry in log if entry.name == "loops"]
+    assert not others and loop.where.endswith(f"test_debug.py:{_line('h = torch.tanh')}")
+    if steps == 64:
+        assert (loop.outcome, loop.why) == ("applied", "a loop of 64 steps as a scan") and "scan" in result.code
+        assert "graph: a loop of 64 steps" in caplog.text
+    else:
+        assert (loop.outcome, loop.step) == ("refused", "reroll") and "is not linear" in loop.why
+        assert loop.why in caplog.text and "test_debug.py:" in caplog.text
+
+
+def test_a_loop_that_stays_unrolled_is_no_site():
+    """It is told where passes are debugged, not in the table of what was decided."""
+    report = effcompile.explain(recurrent, torch.randn(6, 3))
+    assert not report.decisions and report.to_dict()["rules"]["loops"][:2] == [0, 1]
+
+
 def test_a_refusal_in_training():
     _, log = debug.run_pass("attention", debug.capture(Block().train(), *qkv()))
     assert ("refused", "uses") in [(entry.outcome, entry.step) for entry in log]

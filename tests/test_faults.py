@@ -135,6 +135,24 @@ def test_a_failure_with_fallback_eager(name, monkeypatch):
     torch.testing.assert_close(result, attend(*inputs))
 
 
+def test_a_failure_of_a_first_try_is_no_failure(monkeypatch):
+    """What was done for loops of few steps is done over if it cannot be used; what went wrong then does not count."""
+    original = backend.Pipeline.through_the_rooms
+
+    def planted(pipeline, *args, dare):
+        if dare:
+            pipeline.failures.append(InjectedError("planted"))
+            pipeline.dared_too_much = True
+        return original(pipeline, *args, dare=dare)
+
+    monkeypatch.setattr(backend.Pipeline, "through_the_rooms", planted)
+    reports = []
+    f = torch.compile(attend, backend="effarch", options={"report": reports.append, "hardware": GPU, "fallback": "error"})
+    inputs = qkv()
+    torch.testing.assert_close(f(*inputs), attend(*inputs))
+    assert [d.outcome for d in reports[0].decisions] == ["rewritten"]
+
+
 def test_training_through_a_failure(monkeypatch):
     f, *_ = compiled(monkeypatch, "lowering half way")
     inputs = qkv(requires_grad=True)

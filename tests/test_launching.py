@@ -1,4 +1,4 @@
-"""Launches past Triton's look-up hand the driver what Triton itself would; kernels are compiled side by side, once for new shapes.
+"""Launches that are played again hand the driver what Triton itself would; kernels are compiled side by side, once for new looks.
 
 A driver without a GPU stands in: kernels are really compiled, for an H100, and their launches noted.
 """
@@ -61,9 +61,16 @@ def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Noting]:
         yield noting
 
 
-def kernels(spec: AttentionSpec, arch: str, directory: Path) -> ModuleType:
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+
+
+def kernels(spec: AttentionSpec, arch: str, directory: Path, *, plays: bool = True) -> ModuleType:
     problem = attention.Problem(d_qk=32, d_v=32, dtype=torch.bfloat16, arch=arch)
-    return emit.load_kernel(emit.write_kernel(attention.source(spec, problem), directory))
+    module = emit.load_kernel(emit.write_kernel(attention.source(spec, problem), directory))
+    module.plays = lambda device: plays  # type: ignore[attr-defined]
+    return module
 
 
 def operands(spec: AttentionSpec, t: int = 64) -> tuple[list[Tensor], list[Tensor]]:
@@ -82,8 +89,10 @@ def run(module: ModuleType, spec: AttentionSpec, t: int = 64) -> None:
 def plain(value: Any) -> Any:
     """An argument without its address."""
     if isinstance(value, Tensor):
-        return value.dtype, tuple(value.shape)
-    return plain(value.base) if hasattr(value, "block_shape") else value
+        return "address"
+    if hasattr(value, "block_shape"):
+        return value.base.dtype, tuple(value.shape), tuple(value.strides), tuple(value.block_shape), value.layout
+    return "address" if isinstance(value, int) and value > 2**40 else value
 
 
 def noted(driver: Noting) -> list[tuple[str, tuple[Any, ...]]]:
@@ -94,15 +103,15 @@ def noted(driver: Noting) -> list[tuple[str, tuple[Any, ...]]]:
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("spec", [CAUSAL, DOCUMENTS], ids=["causal", "documents"])
-def test_the_second_launch_is_the_first_again(driver: Noting, tmp_path: Path, spec: AttentionSpec, arch: str) -> None:
-    module = kernels(spec, arch, tmp_path)
-    run(module, spec)
-    first = noted(driver)
-    compiled = len(driver.compiled)
-    assert len(module.KNOWN) == compiled >= 4
-    run(module, spec)
-    assert noted(driver) == first
-    assert len(driver.compiled) == compiled
+def test_what_is_played_is_what_triton_launches(driver: Noting, tmp_path: Path, spec: AttentionSpec, arch: str) -> None:
+    run(kernels(spec, arch, tmp_path / "triton", plays=False), spec)
+    wanted = noted(driver)
+    module = kernels(spec, arch, tmp_path / "played")
+    for _ in range(2):
+        run(module, spec)
+        assert noted(driver) == wanted
+    assert len(module.PLANS) == 2 and None not in module.PLANS.values()
+    assert len(wanted) >= 4
 
 
 def test_other_lengths_are_told_apart(driver: Noting, tmp_path: Path) -> None:
@@ -111,44 +120,111 @@ def test_other_lengths_are_told_apart(driver: Noting, tmp_path: Path) -> None:
     noted(driver)
     run(module, CAUSAL, 72)
     longer = noted(driver)
-    fresh = kernels(CAUSAL, "sm_90", tmp_path / "fresh")
-    run(fresh, CAUSAL, 72)
+    run(kernels(CAUSAL, "sm_90", tmp_path / "triton", plays=False), CAUSAL, 72)
     assert noted(driver) == longer
+    assert len(module.PLANS) == 4
 
 
 @pytest.mark.parametrize(
     ("one", "other"),
     [
         (torch.zeros(4), torch.zeros(4, dtype=torch.int32)),
-        (torch.zeros(8), torch.zeros(8)[1:]),
+        (torch.zeros(8), torch.zeros(9)[1:]),
+        (torch.zeros(4, 4), torch.zeros(4, 4).t()),
         (1, 2),
-        (16, 17),
-        (2**20, 2**40),
         (None, 0),
     ],
-    ids=["dtype", "address", "one", "multiple-of-16", "wide", "none"],
+    ids=["dtype", "address", "strides", "size", "none"],
 )
-def test_kinds_that_compile_apart(tmp_path: Path, one: Any, other: Any) -> None:
-    kind_of = kernels(CAUSAL, "sm_90", tmp_path).kind_of
-    assert kind_of(one) != kind_of(other)
-    assert kind_of(one) == kind_of(one)
+def test_looks_that_differ(tmp_path: Path, one: Any, other: Any) -> None:
+    module = kernels(CAUSAL, "sm_90", tmp_path)
+    look = lambda x: module.look(x, x.data_ptr() if isinstance(x, Tensor) else 0)  # noqa: E731
+    assert look(one) != look(other)
+    assert look(one) == look(one)
 
 
-ON_GPU = SimpleNamespace(shape=(1,), stride=lambda: (1,), dtype=torch.bfloat16, device=torch.device("cuda"))
+class Launches:
+    """A host function that starts one kernel, which is compiled to nothing, and the addresses that it is given."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        self.module, self.got = kernels(CAUSAL, "sm_90", tmp_path), []
+        self.kernel = SimpleNamespace(arg_names=["a", "b", "c"], warmup=lambda *args, grid, **options: {grid: self.note})
+
+    def note(self, *args: Any) -> None:
+        self.got.append(args)
+
+    def __getitem__(self, grid: Any) -> Any:
+        return self.note
+
+    def addresses(self, run: Any, *values: Any) -> tuple[Any, ...]:
+        self.module.begin(run, *values)
+        return self.got.pop()
 
 
-def start_all(module: ModuleType, start: Any) -> None:
-    """Forward and backward by `start` alone, as `begin` has them."""
-    q, k, v = operands(CAUSAL)[0]
-    lse = torch.empty(q.shape[:3])
-    module.launch_forward(start, q, k, v, torch.empty_like(q), lse, module.FORWARD)
-    module.launch_dkv(start, q, q, k, v, lse, lse, None, torch.empty_like(k), torch.empty_like(v), module.DKV)
-    module.launch_dq(start, q, q, k, v, lse, lse, torch.empty_like(q), module.DQ)
+def test_views_are_found_in_later_calls(tmp_path: Path) -> None:
+    launches = Launches(tmp_path)
+
+    def call(x: Tensor, y: Tensor) -> tuple[Any, ...]:
+        return launches.addresses(lambda start: start(launches.kernel, (1, 1, 1), x[:, 4:], y.t(), 7), x, y)
+
+    for _ in range(2):
+        x, y = torch.zeros(8, 8), torch.zeros(8, 8)
+        assert call(x, y) == (x.data_ptr() + 16, y.data_ptr(), 7)
+    assert len(launches.module.PLANS) == 1
+
+
+def test_one_tensor_in_two_places_is_no_plan_for_two_tensors(tmp_path: Path) -> None:
+    launches = Launches(tmp_path)
+
+    def call(x: Tensor, y: Tensor) -> tuple[Any, ...]:
+        return launches.addresses(lambda start: start(launches.kernel, (1, 1, 1), x, y, 7), x, y)
+
+    x, y = torch.zeros(8, 8), torch.zeros(8, 8)
+    assert call(x, x) == (x.data_ptr(), x.data_ptr(), 7)
+    assert call(x, y) == (x.data_ptr(), y.data_ptr(), 7)
+    assert call(y, y) == (y.data_ptr(), y.data_ptr(), 7)
+    assert len(launches.module.PLANS) == 2
+
+
+def test_parts_of_one_memory_are_told_apart_or_left_to_triton(tmp_path: Path) -> None:
+    launches = Launches(tmp_path)
+    direct = SimpleNamespace(arg_names=["a", "b", "c"], warmup=launches.kernel.warmup)
+
+    class Kernel:
+        arg_names, warmup = direct.arg_names, staticmethod(direct.warmup)
+
+        def __getitem__(self, grid: Any) -> Any:
+            return launches.note
+
+    def call(x: Tensor, y: Tensor, at: int) -> tuple[Any, ...]:
+        return launches.addresses(lambda start: start(Kernel(), (1, 1, 1), x[at:], y[at:], 7), x, y, at)
+
+    packed = torch.zeros(4, 8, 8)
+    assert call(packed[0], packed[2], 0) == (packed[0].data_ptr(), packed[2].data_ptr(), 7)
+    a, b = call(packed[0], packed[2], 1)[:2]
+    assert (a.data_ptr(), b.data_ptr()) == (packed[0, 1:].data_ptr(), packed[2, 1:].data_ptr()), "tensors: Triton's own launch"
+    assert list(launches.module.PLANS.values()).count(None) == 1
+
+
+def test_scratch_is_new_memory_each_time(tmp_path: Path) -> None:
+    launches = Launches(tmp_path)
+    x = torch.zeros(8)
+
+    def run(start: Any) -> None:
+        scratch = start.empty((4, 4), torch.float32)
+        start(launches.kernel, (1, 1, 1), scratch[1:], x, scratch)
+
+    for _ in range(2):
+        later, _, first = launches.addresses(run, x)
+        assert later == first + 16 and first != x.data_ptr()
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["compiled", "failed"])
-def test_new_shapes_are_compiled_first(driver: Noting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+def test_new_looks_are_compiled_before_anything_runs(
+    driver: Noting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
     module = kernels(CAUSAL, "sm_90", tmp_path)
+    names = ["forward_hopper_kernel", "delta_kernel", "dkv_hopper_kernel", "dq_hopper_kernel"]
     prepared: list[str] = []
 
     class AtOnce(Executor):
@@ -157,26 +233,18 @@ def test_new_shapes_are_compiled_first(driver: Noting, tmp_path: Path, monkeypat
         def __init__(self, workers: int, **options: Any) -> None:
             pass
 
-        def submit(self, fn: Any, /, *args: Any, **options: Any) -> Future[Any]:
-            assert driver.launches == []
-            prepared.append(fn.__self__.__name__)
-            if not fails:
-                fn(*args, **options)
-            return Future()
+        def submit(self, fn: Any, /, launch: Any) -> Future[Any]:
+            forward = [name for name, _ in driver.launches]
+            assert forward == names[:1] * bool(prepared), "all of a pass before its first launch"
+            prepared.append(launch[0].__name__)
+            future: Future[Any] = Future()
+            future.set_result((None, False) if fails else fn(launch))
+            return future
 
     monkeypatch.setattr(module, "ThreadPoolExecutor", AtOnce)
-    names = ["forward_hopper_kernel", "dkv_hopper_kernel", "dq_hopper_kernel"]
-    module.begin(lambda start: start_all(module, start), ON_GPU)
+    run(module, CAUSAL)
     assert prepared == names
-    assert [name for name, _ in driver.launches] == names
-    driver.launches.clear()
-    module.begin(lambda start: start_all(module, start), ON_GPU)
-    assert prepared == names, "known shapes are not prepared again"
-    assert [name for name, _ in driver.launches] == names
-
-
-def test_compiling_side_by_side(driver: Noting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    module = kernels(CAUSAL, "sm_90", tmp_path)
-    module.begin(lambda start: start_all(module, start), ON_GPU)
-    assert len(driver.launches) == 3
+    assert [name for name, _ in noted(driver)] == names
+    run(module, CAUSAL)
+    assert prepared == names, "known looks are not prepared again"
+    assert [name for name, _ in noted(driver)] == names

@@ -298,7 +298,7 @@ def test_fake_metadata_is_the_real_one(form, layout, dtype):
 
     def run(v, operands, weights):
         results = OPERATOR(v, operands, text, layout)
-        return (*results, *BACKWARD(*weights, v, operands, None if form.rows else results[0], text))
+        return (*results, *BACKWARD(*weights, v, operands, None if form.rows else results[0], text, True))
 
     real = run(case.v, case.operands, case.weights)
     with torch._subclasses.FakeTensorMode() as mode:
@@ -322,7 +322,7 @@ def test_opcheck(form):
     torch.library.opcheck(OPERATOR, (case.v, case.operands, case.spec.to_json(), "bthd"))
     v, operands = case.v.detach(), [x.detach() for x in case.operands]
     out = None if form.rows else OPERATOR(v, operands, case.spec.to_json(), "bhtd")[0]
-    torch.library.opcheck(BACKWARD, (*case.weights, v, operands, out, case.spec.to_json()))
+    torch.library.opcheck(BACKWARD, (*case.weights, v, operands, out, case.spec.to_json(), True))
 
 
 @FORM
@@ -509,7 +509,7 @@ def test_a_failing_lowering_is_replaced_by_the_definition(monkeypatch):
     text = case.spec.to_json()
     with pytest.warns(EffcompileWarning, match="a recurrence is computed by its reference, .*planted"):
         results = OPERATOR(case.v, case.operands, text, "bthd")
-        gradients = BACKWARD(*case.weights, case.v, case.operands, None, text)
+        gradients = BACKWARD(*case.weights, case.v, case.operands, None, text, True)
     assert results[0].transpose(1, 2).is_contiguous()
     assert_contract(case, named(case, results, gradients))
     monkeypatch.setenv("EFFARCH_FALLBACK", "error")

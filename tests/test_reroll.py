@@ -19,6 +19,7 @@ from effcompile.errors import EffcompileError
 from effcompile.passes import rollup
 from effcompile.passes.reroll import Rerolled, find_loops, reroll
 from effcompile.passes.rollup import can_run, torch_version
+from effcompile.pattern import source_line
 from effcompile.trace import lift
 from tests.model_zoo import build, result
 
@@ -553,8 +554,8 @@ def test_gradients_where_none_reaches_an_input(name):
     f, shapes, steps = FORMS[name]
     outcome = rolled(f, *inputs(*shapes))
     if torch_version() < (2, 13):
-        (why,) = outcome.rerolled.refused
-        assert "no gradient where none reaches" in why
+        (rejected,) = outcome.rerolled.refused
+        assert "no gradient where none reaches" in rejected.why
     else:
         assert outcome.steps == steps
 
@@ -818,7 +819,8 @@ def test_what_stays_unrolled(f):
     with torch.random.fork_rng():
         outcome = rolled(f, *inputs(*shapes), tol=1e-3 if f is random else 1e-5)
     assert outcome.scans == 0
-    assert any(REFUSALS[f] in sentence and "test_reroll.py:" in sentence for sentence in outcome.rerolled.refused), outcome.rerolled
+    refused = outcome.rerolled.refused
+    assert any(REFUSALS[f] in x.why and "test_reroll.py:" in source_line(x.node) for x in refused), refused
 
 
 def test_states_of_integers_without_gradient():
@@ -853,7 +855,7 @@ def test_autocast_inside_the_graph():
             return recurrent(x, w)
 
     outcome = rolled(f, *inputs((B, T, D), (D, D)), compiler=as_it_is, train=False, tol=0)
-    assert outcome.scans == 0 and "gives another shape or dtype" in outcome.rerolled.refused[0]
+    assert outcome.scans == 0 and "gives another shape or dtype" in outcome.rerolled.refused[0].why
 
 
 def test_autocast_around_the_graph():
@@ -873,8 +875,8 @@ def test_a_loop_that_is_not_accepted_stays():
     before = str(graph.graph)
     outcome = reroll(graph, least_steps=4, accept=lambda loop: f"it has {loop.steps} steps")
     assert str(graph.graph) == before and not outcome.loops
-    (why,) = outcome.refused
-    assert why.startswith(f"a loop stays unrolled: it has {T} steps ({__file__}:")
+    (rejected,) = outcome.refused
+    assert rejected.why == f"a loop stays unrolled: it has {T} steps" and source_line(rejected.node).startswith(f"{__file__}:")
 
 
 @pytest.mark.parametrize("where", ["_written", "_gather_lists", "_gather_elements", "_standing_for", "_scan"])
@@ -895,7 +897,7 @@ def test_the_graph_is_as_it_was_if_something_fails(where, monkeypatch):
     monkeypatch.setattr(rollup.Replacement, where, fail)
     outcome = reroll(graph, least_steps=4)
     assert str(graph.graph) == before and not hasattr(graph, "scan_step_0")
-    assert not outcome.loops and "an internal failure: RuntimeError: on purpose" in outcome.refused[0]
+    assert not outcome.loops and "an internal failure: RuntimeError: on purpose" in outcome.refused[0].why
 
 
 def test_finding_changes_nothing():

@@ -167,7 +167,7 @@ _TAGS = (torch.Tag.pt2_compliant_tag,)
 LIBRARY.define("recurrence(Tensor v, Tensor[] operands, str spec, str layout) -> (Tensor, Tensor, Tensor)", tags=_TAGS)
 LIBRARY.define(
     "recurrence_backward(Tensor? grad, Tensor? grad_normaliser, Tensor? grad_final, Tensor v, Tensor[] operands, Tensor? out,"
-    " str spec) -> Tensor[]",
+    " str spec, bool decay) -> Tensor[]",
     tags=_TAGS,
 )
 
@@ -199,9 +199,16 @@ def _fake(v: Any, operands: Any, spec: str, layout: str) -> tuple[torch.Tensor, 
 
 @torch.library.register_fake("effcompile::recurrence_backward", lib=LIBRARY)
 def _fake_backward(
-    grad: Any, grad_normaliser: Any, grad_final: Any, v: Any, operands: Any, out: Any, spec: str
+    grad: Any, grad_normaliser: Any, grad_final: Any, v: Any, operands: Any, out: Any, spec: str, decay: bool
 ) -> list[torch.Tensor]:
-    return [torch.empty_like(x) for x in (v, *operands)]
+    return without_decay([torch.empty_like(x) for x in (v, *operands)], RecurrenceSpec.from_json(spec), decay)
+
+
+def without_decay(gradients: Sequence[torch.Tensor | None], spec: RecurrenceSpec, decay: bool) -> list[torch.Tensor]:
+    """Gradients of `v` and of each operand; unless `decay`, empty ones of gate and rate."""
+    kept = [decay or name not in ("gate", "rate") for name in ("v", *spec.operands)]
+    like = next(x for x in gradients if x is not None)
+    return [x if keep and x is not None else like.new_empty(0) for x, keep in zip(gradients, kept, strict=True)]
 
 
 def reference_backward(
@@ -237,8 +244,12 @@ def _differentiate(ctx: Any, grad: Any, grad_normaliser: Any, grad_final: Any) -
     no_operands: list[Any] = []
     if grad is None and grad_normaliser is None and grad_final is None:
         return None, [None] * ctx.count, None, None
-    found = torch.ops.effcompile.recurrence_backward(grad, grad_normaliser, grad_final, v, operands, out, ctx.spec)
-    return found[0], list(found[1:]) if operands else no_operands, None, None
+    needed = ctx.needs_input_grad[1] if operands else no_operands
+    names = RecurrenceSpec.from_json(ctx.spec).operands
+    decay = any(need for name, need in zip(names, needed, strict=True) if name in ("gate", "rate"))
+    found = torch.ops.effcompile.recurrence_backward(grad, grad_normaliser, grad_final, v, operands, out, ctx.spec, decay)
+    wanted = [x if need else None for x, need in zip(found[1:], needed, strict=True)]
+    return found[0], wanted if operands else no_operands, None, None
 
 
 torch.library.register_autograd("effcompile::recurrence", _differentiate, setup_context=_save, lib=LIBRARY)
