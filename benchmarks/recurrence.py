@@ -125,7 +125,6 @@ def text_of(spec: Any) -> str:
 
 def specified(form: Form, x: Inputs) -> tuple[Tensor, list[Tensor], Any]:
     """The same as operands of the operation, views of [B, H, T, ...]."""
-    import_effcompile()
     from effcompile.ops.recurrence import RecurrenceSpec
 
     v = x["v"].transpose(1, 2)
@@ -144,7 +143,6 @@ def specified(form: Form, x: Inputs) -> tuple[Tensor, list[Tensor], Any]:
 
 def effcompile_call(form: Form) -> Call:
     """The operation that a compiled graph calls, with the generated kernels behind it."""
-    import_effcompile()
     from effcompile.runtime import register
 
     register()
@@ -200,7 +198,6 @@ def step_of(call: Call, x: Inputs, mode: str) -> Callable[[], dict[str, Tensor]]
 
 def errors_of(form: Form, call: Call, width: int, device: str, mode: str, seed: int) -> dict[str, float]:
     """Relative L2 errors against the definition in float64 at a small size."""
-    import_effcompile()
     from effcompile.ops.recurrence import reference
 
     b, t, h = SMALL
@@ -228,6 +225,7 @@ def floor_ms(form: Form, shape: tuple[int, int, int, int], device: str, mode: st
 
 def child(form: Form, contender: str, device: str, seed: int, scale: int, asked: list[str]) -> None:
     """One form by one contender in this process: answers with each `size:mode` that is asked for."""
+    import_effcompile()
     call = CALLS[contender](form)
     for name in asked:
         size, mode = name.split(":")

@@ -26,6 +26,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from ..errors import KernelError
@@ -161,7 +162,22 @@ def _scan() -> ModuleType:
     return scan
 
 
+def miscompiled(spec: RecurrenceSpec, dtype: torch.dtype, arch: str) -> bool:
+    """Whether Triton 3.6 makes such a kernel read outside of shared memory, which ends the process's use of the GPU.
+
+    On Hopper, a product whose operands are made in the loop and not loaded ahead keeps its descriptors in uniform registers; where
+    those run out, as they do with decays by row or column in 16 bits, some are lost (seen by compute-sanitizer on an H100).
+    """
+    return arch == "sm_90" and dtype != torch.float32 and spec.decay in ("key", "value")
+
+
 def _kernels(v: Tensor, x: Mapping[str, Tensor], spec: RecurrenceSpec, config: Config | None) -> ModuleType:
+    arch = attention.architecture(v.device)
+    if miscompiled(spec, _common(v, x), arch):
+        raise KernelError(
+            f"Expected a decay of none or of the head for {_common(v, x)} on {arch} but got decay={spec.decay!r}, whose kernels "
+            f"Triton {triton.__version__} compiles wrongly. Pass float32 to have them generated."
+        )
     constant = "gate" in x and all(x[name].shape[2] == 1 for name in ("gate", "rate") if name in x)
     dtype = _common(v, x)
     return _module(spec, x["k"].shape[-1], v.shape[-1], dtype, v.device, constant, config, attention._directory)

@@ -8,7 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from effcompile.errors import EffcompileWarning
+from effcompile.codegen import recurrence
+from effcompile.codegen.attention import architecture
+from effcompile.codegen.recurrence import miscompiled
+from effcompile.errors import EffcompileWarning, KernelError
 from effcompile.runtime import register
 from tests.test_recurrence_kernels import CASES, Case, errors_of, operands_of
 from tests.test_scan_kernels import CASES as SCANS
@@ -19,6 +22,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
 LIMIT = 2e-2  # of bfloat16 results, relative to their norm
+SUMMED = 0.1  # of the gradient of a decay that is the same at all times, a sum over time of terms of either sign
 LENGTH = 333  # five whole chunks and a part of one
 FORMS = [
     "linear",
@@ -33,9 +37,13 @@ FORMS = [
 
 
 def excessive(case: Case) -> dict[str, float]:
+    if miscompiled(case.spec, case.dtype, architecture(torch.device("cuda"))):
+        pytest.skip("Triton computes it wrongly here: refused, see test_what_triton_compiles_wrongly_is_refused")
     with torch.device("cuda"):
         errors = errors_of(case, None)
-    return {key: error for key, error in errors.items() if not error <= case.limit}
+    return {
+        key: error for key, error in errors.items() if not error <= (SUMMED if key == "dgate" and case.constant else case.limit)
+    }
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -59,7 +67,18 @@ def test_segments_and_strong_decays_in_bfloat16(name: str) -> None:
 def test_scans_and_their_gradients(name: str) -> None:
     with torch.device("cuda"):
         found = excess_of(SCANS[name])
-    assert {key: x for key, x in found.items() if not x <= 1} == {}
+    few = 4 if SCANS[name].gate == "h" else 1  # two numbers, sums over all else: how large the loop's own error is, is luck
+    assert {key: x for key, x in found.items() if not x <= few} == {}
+
+
+def test_what_triton_compiles_wrongly_is_refused() -> None:
+    case = replace(CASES["key"], dtype=torch.bfloat16)
+    if not miscompiled(case.spec, case.dtype, architecture(torch.device("cuda"))):
+        pytest.skip("needs an architecture for which Triton computes decays by key wrongly")
+    with torch.device("cuda"):
+        v, operands = operands_of(case)
+    with pytest.raises(KernelError, match="compiles wrongly"):
+        recurrence.forward(v, operands, case.spec, "bhtd")
 
 
 def test_a_kernel_that_fails_is_replaced_by_chunks_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,6 +67,17 @@ def test_chunks_are_loaded_ahead_on_hopper() -> None:
     assert report.shared_bytes >= 2 * narrow.chunk * (2 * 128 + narrow.block_m) * 2, "two chunks of q, k and v at least"
 
 
+@pytest.mark.parametrize("width", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("name", [name for name, spec in SPECS.items() if spec.decay in ("none", "head")])
+def test_operands_are_loaded_ahead_wherever_kernels_run_on_hopper(name: str, width: int) -> None:
+    """Where they are not, Triton 3.6 loses their descriptors: `recurrence.miscompiled`."""
+    for other in (16, 64, 256):
+        problem = Problem(d_k=width, d_v=other, dtype=torch.bfloat16, arch="sm_90")
+        config = recurrence.default_config(SPECS[name], problem)
+        assert min(tile.num_stages for tile in (*config.tiles, *config.exchanged)) >= 2
+        assert not recurrence.miscompiled(SPECS[name], problem.dtype, "sm_90")
+
+
 def test_an_unknown_target_is_refused() -> None:
     problem = Problem(d_k=64, d_v=64, dtype=torch.bfloat16, arch="sm_90")
     with pytest.raises(KernelError, match="Expected one of .* but got target='cuda:1'"):
