@@ -59,7 +59,7 @@ def at_once(device):
     def start(kernel, grid, *args, **options):
         kernel[grid](*args, **options)
 
-    start.empty = lambda shape, dtype: torch.empty(shape, dtype=dtype, device=device)
+    start.empty = lambda shape, dtype: torch.empty(shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
     return start
 
 
@@ -74,7 +74,7 @@ def planned(run, values, device):
         made.append(torch.empty(shape, dtype=dtype, device=device))
         return made[-1]
 
-    start.empty = empty
+    start.empty = empty  # type: ignore[attr-defined]
     run(start)
     launchers, tensors, found = compiled(launches, device), [*values, *made], []
     for launcher, (kernel, _, args, options) in zip(launchers, launches, strict=True):

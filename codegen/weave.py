@@ -209,8 +209,8 @@ def functions(text: str) -> dict[str, str]:
 
 
 def tidy(text: str) -> str:
-    """At most two blank lines in a row, no section headings without a section, no formatter pragmas."""
-    text = text.replace("  # fmt: skip", "")
+    """At most two blank lines in a row, no section headings without a section, no word to formatters and checkers."""
+    text = re.sub(r"  # (fmt: skip|noqa: \w+|type: ignore\[[\w-]+\])$", "", text, flags=re.MULTILINE)
     text = re.sub(r"(# -{20,}[^\n]*\n\s*)+(?=# -{20,})", "", text)
     text = re.sub(r"\n{4,}", "\n\n\n", text)
     return text.rstrip() + "\n"

@@ -15,8 +15,8 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from .ir import Operand
-from .loops import RefusedError
 from .positions import Part
+from .unrolled import RefusedError
 
 aten = torch.ops.aten
 
@@ -85,7 +85,7 @@ class Body:
         """An input for what a moving read gives, or a place in that for a whole block."""
         if block is None:
             self.xs.append(ref.key)
-            self._placeholder(ref, "x", _element(*ref.key))
+            self._placeholder(ref, "x", _element(ref.key[0]))
             return
         whole = Ref("x", block)
         if whole not in self._nodes:
@@ -145,8 +145,8 @@ def _fake_mode(states: Iterable[Operand]) -> Any:
     return next((mode for mode in modes if mode is not None), contextlib.nullcontext())
 
 
-def _element(part: Part, stride: int) -> torch.Tensor:
-    """An element of the x that reads `part` and what lies `stride` further on."""
+def _element(part: Part) -> torch.Tensor:
+    """An element of the x that reads `part` in one step."""
     value = part.source.meta["val"]
     return value.select(part.dim, 0) if part.length is None else value.narrow(part.dim, 0, part.length)
 
@@ -188,5 +188,5 @@ def operand_of(part: Part, stride: int, steps: int) -> Operand:
         views.append((aten.permute.default, (order,)))
     if stride < 0:
         views.append((aten.flip.default, ([0],)))
-    shape = (steps, *_element(part, stride).shape)
+    shape = (steps, *_element(part).shape)
     return Operand(base=part.source, views=tuple(views), shape=shape, dtype=value.dtype)

@@ -62,8 +62,6 @@ def _negated(term: Term, ranges: Ranges, key: sympy.Symbol) -> Term:
 
 # -------------------------------------------------------------------- comparisons of integers
 
-_STRICT = {sympy.Lt: sympy.Le, sympy.Gt: sympy.Ge}
-
 
 def _relation(term: Relational, ranges: Ranges, key: sympy.Symbol) -> Term:
     a, b = (canonical(x, ranges, key) for x in term.args)

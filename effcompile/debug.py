@@ -18,7 +18,6 @@ from typing import Any
 from torch.fx import GraphModule
 
 from . import _dynamo, standalone, trace
-from .backend import Pipeline, Settled, copied, graph_modules
 from .codegen.sources import kernel_source
 from .config import Config
 from .errors import CaptureError, ConfigError, LiftError
@@ -26,6 +25,7 @@ from .explain import Frame, Report
 from .ir import Match
 from .passes import PASSES
 from .passes.normalize import normalize
+from .pipeline import Pipeline, Settled, copied, graph_modules
 
 _STAGES, _INPUTS = "effcompile_stages", "effcompile_inputs"
 

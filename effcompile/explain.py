@@ -240,7 +240,7 @@ def explain(
     Raises:
         ConfigError: unknown hardware.
     """
-    from .backend import Pipeline
+    from .pipeline import Pipeline
 
     config = Config.resolve(None, {**({"hardware": hardware} if hardware else {}), **({"dump": dump} if dump else {})})
     frames: list[Frame] = []

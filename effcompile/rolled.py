@@ -16,15 +16,13 @@ from torch.fx import Node
 from .bodies import Body, Place, Ref, operand_of
 from .builder import is_pure
 from .ir import Operand
-from .loops import Buffer, Loop, RefusedError, Source, Stretch, Write
 from .positions import Part, is_moved, read_part
 from .repeats import Item
+from .unrolled import Buffer, Loop, RefusedError, Source, Stretch, Write
 
 aten = torch.ops.aten
 JOINS = (aten.stack.default, aten.cat.default)
 SCAN: Any = torch.ops.higher_order.scan
-
-_COPIED_META = ("stack_trace", "nn_module_stack", "source_fn_stack")
 
 
 @dataclass(frozen=True)

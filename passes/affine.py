@@ -323,15 +323,15 @@ def _negate(step: Step, node: Node) -> Value | None:
 
 def _choose(step: Step, node: Node) -> Value | None:
     """`where(condition, a, b)`."""
-    return _selected(step, node, step.of(node.args[0]), step.of(node.args[1]), step.of(node.args[2]))
+    return _selected(node, step.of(node.args[0]), step.of(node.args[1]), step.of(node.args[2]))
 
 
 def _fill(step: Step, node: Node) -> Value | None:
     """`masked_fill(a, condition, b)` is `where(condition, b, a)`."""
-    return _selected(step, node, step.of(node.args[1]), step.of(node.args[2]), step.of(node.args[0]))
+    return _selected(node, step.of(node.args[1]), step.of(node.args[2]), step.of(node.args[0]))
 
 
-def _selected(step: Step, node: Node, condition: Value, then: Value, otherwise: Value) -> Value | None:
+def _selected(node: Node, condition: Value, then: Value, otherwise: Value) -> Value | None:
     if not isinstance(condition, Known) or isinstance(then, Maximum) or isinstance(otherwise, Maximum):
         return None
     affine = [_in_place(x, node) for x in (then, otherwise) if isinstance(x, Affine)]

@@ -91,7 +91,7 @@ def parts_in(anchor: Node, view: GraphView, values: Contraction, side: int, at: 
     logit = interpreter.element(anchor.args[0], weights.index)
     beside = _further_logit(anchor, weights.index, at)
     sink = None if beside is None else interpreter.element(anchor.args[0], beside)
-    logit, dot, contraction = _score_contraction(logit, interpreter, at, anchor)
+    logit, dot, contraction = _score_contraction(logit, interpreter, anchor)
     given = logit
     logit, sink = drop_shift(logit, J, lambda load: is_maximum(interpreter.loaded[load.tensor]), sink)
     shifted = logit != given
@@ -289,7 +289,7 @@ def _further_logit(anchor: Node, index: Index, at: Coordinates) -> Index | None:
 # -------------------------------------------------------------------- queries, keys and values
 
 
-def _score_contraction(logit: Term, interpreter: Interpreter, at: Coordinates, anchor: Node) -> tuple[Term, Dot, Contraction]:
+def _score_contraction(logit: Term, interpreter: Interpreter, anchor: Node) -> tuple[Term, Dot, Contraction]:
     """The logit as one of queries with keys, the element of that contraction, and it. Other contractions are loaded."""
     elements = [dot for found in names_of(logit, Dot).values() for dot in found]
     if not elements:

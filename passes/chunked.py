@@ -32,7 +32,7 @@ from effcompile.terms import FloorDiv, Term, integer_symbol
 from effcompile.viewmaps import VIEWS, Index
 
 from .chunks import PADS, RESHAPES, Region, merges_at, region_of, signature
-from .roles import Axis, Form, Part, Prover, Role, Roles, Unproved
+from .roles import Axis, Form, Prover, Role, Roles, Unproved
 from .specify import B, Coordinates, D, H, I, J, Stop, candidates
 
 aten = torch.ops.aten
@@ -197,7 +197,7 @@ class _Chunked:
     def _inputs(self) -> dict[str, Operand | Computed]:
         parts = self.roles.parts
         inner = self._coordinates(self._depth())
-        query, key = self._grouped(parts["q"], parts["k"], inner)
+        query, key = self._grouped(inner)
         value = self._traced("v", self._coordinates(self.sizes[self.roles.column]), J)[-1]
         inputs: dict[str, Operand | Computed] = {
             "v": self._view(regrouped(value, 1) if _shared(value) > 1 else value),
@@ -245,7 +245,7 @@ class _Chunked:
         symbol = self.symbols[axis]
         return FloorDiv(symbol, sympy.Integer(group)) if group > 1 else symbol
 
-    def _grouped(self, q: Part, k: Part, at: Coordinates) -> tuple[Traced, Traced]:
+    def _grouped(self, at: Coordinates) -> tuple[Traced, Traced]:
         """Queries and keys, as far back as both have the same groups of heads."""
         queries, keys = self._traced("q", at, I), self._traced("k", at, J)
         for query in reversed(queries):

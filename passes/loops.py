@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from torch.fx import GraphModule, Node
 
 from effcompile.ir import Rejected
-from effcompile.loops import Loop
 from effcompile.pattern import GraphView
+from effcompile.unrolled import Loop
 
 from . import associative, closed_forms, dissect
 from .reroll import LEAST_STEPS, Rerolled, Rolled, reroll

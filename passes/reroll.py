@@ -16,10 +16,10 @@ from torch.fx import GraphModule, Node
 from effcompile._regions import mode_regions, requires_grad
 from effcompile.errors import EffcompileError
 from effcompile.ir import Rejected
-from effcompile.loops import Loop, RefusedError, Steps, Stretch, best_rotation, difference, moves, stretches
 from effcompile.pattern import source_line
 from effcompile.repeats import Repeats, Run, items_of
 from effcompile.rolled import loop_of
+from effcompile.unrolled import Loop, RefusedError, Steps, Stretch, best_rotation, difference, moves, stretches
 
 from .rollup import Replacement, Rolled, can_run
 from .tentative import Stop, rejection

@@ -20,9 +20,9 @@ from effcompile.bodies import scan_value
 from effcompile.builder import Builder, erase_with_inputs, escapes, is_pure
 from effcompile.errors import VerifyError
 from effcompile.ir import Operand
-from effcompile.loops import Buffer, Loop
 from effcompile.pattern import source_line
 from effcompile.rolled import JOINS, SCAN
+from effcompile.unrolled import Buffer, Loop
 from effcompile.viewmaps import is_float, size_term
 
 aten = torch.ops.aten

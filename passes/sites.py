@@ -116,14 +116,14 @@ class Axes:
             parts.append(traced)
         group = min((x.group for x in parts if x.has_heads), default=1) if grouped else 1
         parts = [regrouped(x, group) if x.has_heads and x.group != group else x for x in parts]
-        operands = tuple(self._as_operand(x, roles) for x in parts)
+        operands = tuple(self._as_operand(x) for x in parts)
         wide = self._widened(operands, roles, full)
         dtype = dtype or _promoted(operands, self.site)
         if len(operands) == 1 and scale == 1 and not wide:
             return replace(operands[0], dtype=dtype)
         return self._computed(operands, scale, wide, dtype, roles)
 
-    def _as_operand(self, traced: Traced, roles: Roles) -> Operand:
+    def _as_operand(self, traced: Traced) -> Operand:
         """The views, with dimensions of size 1 where the tensor has none."""
         present = {axis.role for axis in traced.axes}
         extents = tuple(sympy.S.One if k not in present else n for k, n in enumerate(traced.roles.extents))

@@ -14,11 +14,12 @@ import torch
 from torch._dynamo.backends.debugging import aot_eager
 from torch.fx import GraphModule, Node
 
-from effcompile import backend, trace
+from effcompile import trace
 from effcompile.builder import Builder
 from effcompile.ir import Match, Rejected, Rule
 from effcompile.passes.normalize import normalize
 from effcompile.pattern import GraphView
+from effcompile.pipeline import graph_modules
 from effcompile.rewrite import Attempt, attempt_again, attempt_all, is_stale, replace
 
 from .vocabulary import _compare, _InFloat64, results
@@ -56,7 +57,7 @@ class Rewritten:
 
     def _backend(self, module: GraphModule, inputs: list[Any]) -> Function:
         lifted = trace.lift(module, inputs)
-        graphs = backend.graph_modules(lifted.graph_module)
+        graphs = graph_modules(lifted.graph_module)
         for inner in graphs:
             normalize(inner)
         for inner in graphs:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import effcompile
-from effcompile import backend
+from effcompile import trace
 from effcompile.errors import ConfigError, LiftError
 from tests import model_zoo
 
@@ -442,7 +442,7 @@ def test_a_graph_that_cannot_be_lifted(fallback, monkeypatch):
     def refuse(*_):
         raise LiftError("Expected something else but got this")
 
-    monkeypatch.setattr(backend.trace, "lift", refuse)
+    monkeypatch.setattr(trace, "lift", refuse)
     inputs = qkv()
     f, reports = compiled(attend, fallback=fallback)
     if fallback == "error":

@@ -18,10 +18,11 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 import effcompile.backend as backend
+from effcompile.cost_model import select
 from effcompile.ops import attention
 
-choose = backend.select.choose
-backend.select.choose = lambda found, *rest: (next(c for c in [*found] if c.kind != "inductor"), choose(found, *rest)[1])
+choose = select.choose
+select.choose = lambda found, *rest: (next(c for c in [*found] if c.kind != "inductor"), choose(found, *rest)[1])
 setup = json.loads(sys.argv[1])
 if "version" in setup:
     backend.CACHE_TAG = "effcompile-" + setup["version"]

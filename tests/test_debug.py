@@ -14,11 +14,11 @@ from torch.utils.checkpoint import checkpoint
 
 import effcompile
 from effcompile import debug, standalone
-from effcompile.backend import Pipeline
 from effcompile.config import Config
 from effcompile.errors import CaptureError, ConfigError, LiftError
 from effcompile.explain import Frame
 from effcompile.passes import PASSES
+from effcompile.pipeline import Pipeline
 
 pytestmark = pytest.mark.usefixtures("replace_where_possible")
 

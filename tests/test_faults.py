@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._dynamo.exc import BackendCompilerFailed
 
-from effcompile import backend, rewrite, runtime
+from effcompile import backend, pipeline, rewrite, runtime
 from effcompile.builder import Builder
 from effcompile.codegen import attention as kernels
 from effcompile.codegen import choices
@@ -35,8 +35,8 @@ def attend(q, k, v):
 
 
 def fail_recognition(monkeypatch):
-    broken = [dataclasses.replace(rule, recognise=fail) if rule.name == "attention" else rule for rule in backend.RULES]
-    monkeypatch.setattr(backend, "RULES", tuple(broken))
+    broken = [dataclasses.replace(rule, recognise=fail) if rule.name == "attention" else rule for rule in pipeline.RULES]
+    monkeypatch.setattr(pipeline, "RULES", tuple(broken))
 
 
 def fail_half_way(monkeypatch):
@@ -67,13 +67,13 @@ def fail_inductor_on_rewritten(monkeypatch):
 
 # Each plants one failure; the step that the report names, and whether the whole graph is given up.
 FAULTS = {
-    "hardware": (lambda m: m.setattr(backend.profiles, "get", fail), "graph", True),
-    "lift": (lambda m: m.setattr(backend.trace, "lift", fail), "graph", True),
-    "normalize": (lambda m: m.setattr(backend, "normalize", fail), "graph", True),
-    "view": (lambda m: m.setattr(backend, "GraphView", fail), "graph", True),
+    "hardware": (lambda m: m.setattr(pipeline.profiles, "get", fail), "graph", True),
+    "lift": (lambda m: m.setattr(pipeline.trace, "lift", fail), "graph", True),
+    "normalize": (lambda m: m.setattr(pipeline, "normalize", fail), "graph", True),
+    "view": (lambda m: m.setattr(pipeline, "GraphView", fail), "graph", True),
     "recognise": (fail_recognition, "internal", False),
     "implementations": (lambda m: m.setattr(choices, "implementations", fail), "decide", False),
-    "select": (lambda m: m.setattr(backend.select, "choose", fail), "decide", False),
+    "select": (lambda m: m.setattr(pipeline.select, "choose", fail), "decide", False),
     "lowering": (lambda m: m.setattr(choices, "lower_generated", fail), "rewrite", False),
     "lowering half way": (fail_half_way, "rewrite", False),
     "operator": (fail_kernel_operator, "rewrite", False),
@@ -137,15 +137,15 @@ def test_a_failure_with_fallback_eager(name, monkeypatch):
 
 def test_a_failure_of_a_first_try_is_no_failure(monkeypatch):
     """What was done for loops of few steps is done over if it cannot be used; what went wrong then does not count."""
-    original = backend.Pipeline.through_the_rooms
+    original = pipeline.Pipeline.through_the_rooms
 
-    def planted(pipeline, *args, dare):
+    def planted(own, *args, dare):
         if dare:
-            pipeline.failures.append(InjectedError("planted"))
-            pipeline.dared_too_much = True
-        return original(pipeline, *args, dare=dare)
+            own.failures.append(InjectedError("planted"))
+            own.dared_too_much = True
+        return original(own, *args, dare=dare)
 
-    monkeypatch.setattr(backend.Pipeline, "through_the_rooms", planted)
+    monkeypatch.setattr(pipeline.Pipeline, "through_the_rooms", planted)
     reports = []
     f = torch.compile(attend, backend="effarch", options={"report": reports.append, "hardware": GPU, "fallback": "error"})
     inputs = qkv()
@@ -194,13 +194,13 @@ def matched(function, *inputs):
     found = []
 
     def collect(module, example_inputs):
-        lifted = backend.trace.lift(module, example_inputs).graph_module
-        backend.normalize(lifted)
+        lifted = pipeline.trace.lift(module, example_inputs).graph_module
+        pipeline.normalize(lifted)
         found.append(lifted)
         return module.forward
 
     torch.compile(function, backend=collect, fullgraph=True)(*inputs)
-    (attempt,) = [a for a in rewrite.attempt_all(GraphView(found[0]), backend.RULES) if a.matched]
+    (attempt,) = [a for a in rewrite.attempt_all(GraphView(found[0]), pipeline.RULES) if a.matched]
     return found[0], attempt.result
 
 

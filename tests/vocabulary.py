@@ -18,11 +18,12 @@ from torch._dynamo.backends.debugging import aot_eager
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from effcompile import backend
 from effcompile.codegen import choices
 from effcompile.config import Config
+from effcompile.cost_model import select
 from effcompile.explain import Frame, Report
 from effcompile.ir import Decision
+from effcompile.pipeline import Pipeline
 
 GPU = "h100-sxm"
 TARGETS = (GPU, "cpu")
@@ -66,7 +67,7 @@ class Compiled:
     def _compile(self, module: torch.fx.GraphModule, inputs: list[Any], target: str) -> Function:
         config = Config.resolve(None, {"hardware": None if target == "cpu" else target})
         with _preferring_ours() if self.forced else nullcontext():
-            result = backend.Pipeline(config).run(module, inputs)
+            result = Pipeline(config).run(module, inputs)
         if result.error is not None:
             raise result.error
         self.frames[target].append(result.frame)
@@ -77,13 +78,13 @@ class Compiled:
 @contextmanager
 def _preferring_ours() -> Iterator[None]:
     """The first candidate that is not Inductor's is chosen; graphs as small as tests' would often be left."""
-    original = backend.select.choose
+    original = select.choose
 
     def choose(candidates: Any, *args: Any) -> Any:
         best, estimates = original(candidates, *args)
         return next((c for c in candidates if c.kind != "inductor"), best), estimates
 
-    with mock.patch.object(backend.select, "choose", choose), mock.patch.object(choices, "_CPU_TRAINING_KEYS", 0):
+    with mock.patch.object(select, "choose", choose), mock.patch.object(choices, "_CPU_TRAINING_KEYS", 0):
         yield
 
 
