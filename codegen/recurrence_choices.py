@@ -94,7 +94,8 @@ def _left(match: Match, shape: _Shape) -> Work:
         return Work(flops=2 * pairs * (shape.dk + shape.dv), bytes=24 * pairs, transcendentals=pairs, launches=8)
     hints = hints_of_match(match)
     work = match.leaving
-    return replace(work, flops=size_as_number(work.flops, hints), bytes=size_as_number(work.bytes, hints))
+    numbers = {name: size_as_number(getattr(work, name), hints) for name in ("flops", "bytes", "transcendentals")}
+    return replace(work, **numbers)
 
 
 def lower(

@@ -16,7 +16,7 @@ from torch._higher_order_ops.scan import scan
 
 import effcompile
 
-BATCH, HEADS, TOKENS, KEY, VALUE, CHUNK = 1, 4, 128, 32, 64, 32
+BATCH, HEADS, TOKENS, KEY, VALUE, CHUNK = 1, 4, 512, 32, 64, 64
 
 
 def as_loop(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ def as_scan(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
         return state, torch.einsum("bhk,bhkv->bhv", q, state)
 
     state = q.new_zeros(q.shape[0], q.shape[1], q.shape[3], v.shape[3])
-    return scan(step, state, (q, k, v, g), dim=2)[1].movedim(0, 2)
+    return scan(step, state, tuple(x.movedim(2, 0) for x in (q, k, v, g)))[1].movedim(0, 2)
 
 
 def as_product(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ done with the operands before they are cut stays as it is.
 from __future__ import annotations
 
 import operator
-from collections.abc import Hashable, Mapping
+from collections.abc import Collection, Hashable
 from dataclasses import dataclass, replace
 from itertools import permutations
 from typing import Any
@@ -29,7 +29,7 @@ from effcompile.pattern import GraphView, describe
 from effcompile.probe import Unsupported, shape, supports
 from effcompile.ranges import Ranges
 from effcompile.terms import FloorDiv, Term, integer_symbol
-from effcompile.viewmaps import VIEWS, Index
+from effcompile.viewmaps import VIEWS, Index, shape_of
 
 from .chunks import PADS, RESHAPES, Region, merges_at, region_of, signature
 from .roles import Axis, Form, Prover, Role, Roles, Unproved
@@ -39,7 +39,7 @@ aten = torch.ops.aten
 
 C = integer_symbol("c")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_CHUNK = 128  # positions, as most models have it
+_PRODUCTS = (aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default, aten.matmul.default)
 _MOVING = frozenset({*VIEWS, *RESHAPES, *PADS, operator.getitem})
 _MAXIMA = (aten.max.dim, aten.amax.default, aten.maximum.default, aten.max.other, aten.cummax.default)
 _POSITIVE = (aten.sigmoid.default, aten.exp.default)
@@ -133,7 +133,7 @@ class _Chunked:
             interior=frozenset(dead), layout=layout,
             further={x.node: Result(name="final", layout=x.layout) for x in finals},
             trains=any(self.view.needs_gradient(base, self.output) for x in inputs.values() for base in x.bases),
-            leaving=_leaving(inputs),
+            leaving=_leaving(dead),
         )  # fmt: skip
 
     # ---------------------------------------------------------------- what may not be
@@ -385,12 +385,26 @@ def _changed(operand: Operand, steps: tuple[Step, ...]) -> Operand | Computed:
     return Computed(parts=(operand,), compute=compute, shape=operand.shape, dtype=dtype)
 
 
-def _leaving(inputs: Mapping[str, Operand | Computed]) -> Work:
-    """Products within chunks, whose weights are written and read a few times."""
-    b, h, t, dv = inputs["v"].shape
-    rows = inputs["k"].shape[3]
-    pairs = b * h * t * _CHUNK
-    return Work(flops=2 * pairs * (rows + dv), bytes=24 * pairs, transcendentals=pairs, launches=12)
+def _leaving(interior: Collection[Node]) -> Work:
+    """What the nodes cost as they stand: products of matrices, and sums of element-wise products, whose every term is read once,
+    from caches at about the rate of main memory. What else there is, is fused into those."""
+    flops, elements, exponentials, launches = sympy.S.Zero, sympy.S.Zero, sympy.S.Zero, 0
+    for node in interior:
+        if node.target in _PRODUCTS:
+            left = node.args[-2]
+            assert isinstance(left, Node)
+            flops += 2 * sympy.Mul(*shape_of(node)) * shape_of(left)[-1]
+            elements += sympy.Mul(*shape_of(node))
+        elif node.target is aten.sum.dim_IntList:
+            assert isinstance(node.args[0], Node)
+            elements += sympy.Mul(*shape_of(node.args[0]))
+        elif node.target is aten.exp.default:
+            exponentials += sympy.Mul(*shape_of(node))
+            continue
+        else:
+            continue
+        launches += 1
+    return Work(flops=flops, bytes=4 * elements, transcendentals=exponentials, launches=max(1, launches))
 
 
 CHUNKED = Rule(

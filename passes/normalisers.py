@@ -33,7 +33,7 @@ def normaliser_of(site: Site, read: Read, keys: Sequence[Factor], column: Any) -
     """
     if not is_zero(site.initial) or column is None:
         return None
-    rows = tuple(s for s in site.symbols if s is not column)
+    rows = tuple(s for s in site.symbols if s != column)
     for node in site.view.graph.nodes:
         if node.target is LINEAR_SCAN and node is not site.anchor and _has_shape(node, rows, site):
             found = _read_of(Site(node, site.view), site, read, keys, rows)

@@ -83,7 +83,7 @@ def _matrix(site: Site) -> Match | None:
     values = [f for f in written.factors if read.summed not in f.symbols]
     if not keys or any(is_mixed(f) for f in keys):
         return None
-    batch = [x for x in _in_order(read.index) if x is not column and x is not I and site.size(x) != 1]
+    batch = [x for x in _in_order(read.index) if x != column and x != I and site.size(x) != 1]
     if set(batch) | own != {x for x in site.symbols[1:] if site.size(x) != 1} | own:
         return None
     axes = Axes(site, batch, read.summed, column)
@@ -206,7 +206,7 @@ def _elements(site: Site) -> Match:
     sizes = {x: site.size(x) for x in site.symbols[1:]}
     own = [x for x in site.symbols[1:] if sizes[x] != 1]
     column = own[-1] if own else None
-    axes = Axes(site, [x for x in own if x is not column], None, column)
+    axes = Axes(site, [x for x in own if x != column], None, column)
     inputs: dict[str, Any] = {
         "v": axes.operand([Factor(site.offset, site.index)], axes.roles(B, H, I, D), "offset", full=(B, H, I, D),
                           dtype=site.anchor.meta["val"].dtype),

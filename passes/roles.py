@@ -199,7 +199,7 @@ class Prover:
         own = [x for x in linear if x.follows - query.follows]
         if len(linear) != 2 or len(own) != 1:
             raise Unproved(f"{len(linear)} tensors of all positions take part linearly, {len(own)} with a dimension of their own")
-        key = next(x for x in linear if x is not own[0])
+        key = next(x for x in linear if x != own[0])
         column = (own[0].follows - query.follows - key.follows) or {-1}
         if len(column) != 1 or column == {-1}:
             raise Unproved("the values have no one dimension of their own")

@@ -40,7 +40,7 @@ class Site:
         for symbol, size in zip(self.symbols, self.shape, strict=True):
             self.ranges.add(symbol, size)
         self.reads: Reads = reads_of(anchor, self.initial, self.symbols, self.ranges)
-        self.index: Index = tuple(s if n != 1 or s is I else sympy.S.Zero for s, n in zip(self.symbols, self.shape, strict=True))
+        self.index: Index = tuple(s if n != 1 or s == I else sympy.S.Zero for s, n in zip(self.symbols, self.shape, strict=True))
         if anchor.meta["val"].dtype not in _DTYPES:
             raise Stop("dtype", f"a state of {anchor.meta['val'].dtype} has no kernel", anchor)
 
@@ -75,7 +75,7 @@ class Axes:
         for symbol, own in ((I, I), (C, row), (D, column)):
             self.ranges.add(symbol, self.extents[symbol])
             if own is not None:
-                self.terms[own] = symbol if self.extents[symbol] != 1 or symbol is I else sympy.S.Zero
+                self.terms[own] = symbol if self.extents[symbol] != 1 or symbol == I else sympy.S.Zero
 
     def at(self, index: Index) -> Index:
         return tuple(recombine(term.xreplace(self.terms)) for term in index)
