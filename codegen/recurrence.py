@@ -34,6 +34,7 @@ from ..ops.recurrence import RecurrenceSpec, empty_output, reference, reference_
 from . import attention, emit
 from .attention import DTYPES, Arch
 from .launching import width_of
+from .recurrence_choices import miscompiled, product_dtype
 from .recurrence_source import Settings
 from .recurrence_source import source as source_text
 from .trust import compared, trust
@@ -134,6 +135,11 @@ def backward(
     return without_decay(made, spec, decay)
 
 
+def left_to_aten(v: Tensor, operands: Sequence[Tensor], spec: RecurrenceSpec) -> bool:
+    """Whether there are no kernels for the operands on their device, see `recurrence_choices.miscompiled`."""
+    return miscompiled(spec, product_dtype({**spec.named(operands), "v": v}), attention.architecture(v.device))
+
+
 def steps_alone(spec: RecurrenceSpec) -> bool:
     """Whether the matrix units have no part in it: one row, or a decay of each element."""
     return not spec.has_rows or spec.decay == "full"
@@ -162,24 +168,14 @@ def _scan() -> ModuleType:
     return scan
 
 
-def miscompiled(spec: RecurrenceSpec, dtype: torch.dtype, arch: str) -> bool:
-    """Whether Triton 3.6 makes such a kernel read outside of shared memory, which ends the process's use of the GPU.
-
-    On Hopper, a product whose operands are made in the loop and not loaded ahead keeps its descriptors in uniform registers; where
-    those run out, as they do with decays by row or column in 16 bits, some are lost (seen by compute-sanitizer on an H100).
-    """
-    return arch == "sm_90" and dtype != torch.float32 and spec.decay in ("key", "value")
-
-
 def _kernels(v: Tensor, x: Mapping[str, Tensor], spec: RecurrenceSpec, config: Config | None) -> ModuleType:
-    arch = attention.architecture(v.device)
-    if miscompiled(spec, _common(v, x), arch):
+    arch, dtype = attention.architecture(v.device), product_dtype({**x, "v": v})
+    if miscompiled(spec, dtype, arch):
         raise KernelError(
-            f"Expected a decay of none or of the head for {_common(v, x)} on {arch} but got decay={spec.decay!r}, whose kernels "
-            f"Triton {triton.__version__} compiles wrongly. Pass float32 to have them generated."
+            f"Expected a decay of none or of the head for {dtype} on {arch} but got decay={spec.decay!r}, whose kernels Triton "
+            f"{triton.__version__} compiles wrongly. Pass float32 to have them generated."
         )
     constant = "gate" in x and all(x[name].shape[2] == 1 for name in ("gate", "rate") if name in x)
-    dtype = _common(v, x)
     return _module(spec, x["k"].shape[-1], v.shape[-1], dtype, v.device, constant, config, attention._directory)
 
 
@@ -209,17 +205,13 @@ def _checked(v: Tensor, operands: Sequence[Tensor], spec: RecurrenceSpec) -> dic
         )
     if v.shape[1] % max(k.shape[1], 1):
         raise KernelError(f"Expected H to be a multiple of Hk but got H={v.shape[1]!r}, Hk={k.shape[1]!r}.")
-    if _common(v, x) not in DTYPES:
+    if product_dtype({**x, "v": v}) not in DTYPES:
         raise KernelError(f"Expected q, k and v of {DTYPES} but got {q.dtype}, {k.dtype}, {v.dtype}. Cast them first.")
     return x
 
 
-def _common(v: Tensor, x: Mapping[str, Tensor]) -> torch.dtype:
-    return torch.promote_types(torch.promote_types(x["q"].dtype, x["k"].dtype), v.dtype)
-
-
 def _one_dtype(v: Tensor, x: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    dtype = _common(v, x)
+    dtype = product_dtype({**x, "v": v})
     return v.to(dtype), {**x, "q": x["q"].to(dtype), "k": x["k"].to(dtype)}
 
 

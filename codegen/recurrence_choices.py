@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -13,14 +14,15 @@ from torch.fx import Node
 from effcompile.builder import Builder
 from effcompile.cost_model.hardware import Hardware
 from effcompile.ir import Candidate, Match, Work
+from effcompile.ops.recurrence import RecurrenceSpec
 
 from .implementation import Implementation, generates_for, hints_of_match, size_as_number
 
 _CHUNK = 64
 _ROW_BYTES = 4  # of a state's element, and of a gate's
-_CPU_CALLS_PER_STEP = 1  # of a state with one row
-_CPU_CALLS_PER_CHUNK = 4
-_CPU_CALLS = 40
+_ATEN_CALLS_PER_STEP = 1  # of a state with one row, or a decay of each element
+_ATEN_CALLS_PER_CHUNK = 4
+_ATEN_CALLS = 40
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,11 @@ def _shape(match: Match) -> _Shape:
     return _Shape(b, h, t, dk, dv, torch.finfo(match.inputs["v"].dtype).bits // 8, gates)
 
 
+def product_dtype(x: Mapping[str, Any]) -> torch.dtype:
+    """The dtype of matrix products: what q, k and v, or v alone, are promoted to."""
+    return reduce(torch.promote_types, (x[name].dtype for name in ("q", "k", "v") if name in x))
+
+
 def _count(sizes: list[int]) -> int:
     total = 1
     for size in sizes:
@@ -59,11 +66,11 @@ def implementations(match: Match, hardware: Hardware) -> list[Implementation]:
     shape = _shape(match)
     found = []
     if hardware.vendor == "cpu" or generates_for(hardware):
-        on_cpu = hardware.vendor == "cpu"
+        in_aten = hardware.vendor == "cpu" or miscompiled(match.spec, product_dtype(match.inputs), hardware.arch)
         ours = Candidate(
-            name="chunks" if on_cpu else "triton",
-            kind="library" if on_cpu else "generated",
-            work=_work(match, shape, on_cpu=on_cpu),
+            name="chunks" if in_aten else "triton",
+            kind="library" if in_aten else "generated",
+            work=_work(match, shape, in_aten=in_aten),
             compute_efficiency=0.4,
             memory_efficiency=0.6,
         )
@@ -72,19 +79,28 @@ def implementations(match: Match, hardware: Hardware) -> list[Implementation]:
     return [*found, Implementation(candidate=own, lower=None)]
 
 
-def _work(match: Match, shape: _Shape, *, on_cpu: bool) -> Work:
+def miscompiled(spec: RecurrenceSpec, dtype: torch.dtype, arch: str) -> bool:
+    """Whether Triton 3.6 makes such a kernel read outside of shared memory, which ends the process's use of the GPU.
+
+    On Hopper, a product whose operands are made in the loop and not loaded ahead keeps its descriptors in uniform registers; where
+    those run out, as they do with decays by row or column in 16 bits, some are lost (seen by compute-sanitizer on an H100).
+    """
+    return arch.startswith("sm_90") and dtype != torch.float32 and spec.has_rows and spec.decay in ("key", "value")
+
+
+def _work(match: Match, shape: _Shape, *, in_aten: bool) -> Work:
     """Chunks of C steps: 4 dk dv + 2 C (dk + dv) operations a step, and each operand once (design: cost per token and head)."""
     columns = shape.b * shape.h * shape.t
     operands = columns * (2 * shape.dk + 2 * shape.dv) * shape.bytes + shape.gates * _ROW_BYTES
     if not match.spec.has_rows or match.spec.decay == "full":
-        calls = shape.t * _CPU_CALLS_PER_STEP
+        calls = shape.t * _ATEN_CALLS_PER_STEP
         flops = 4 * columns * shape.dk * shape.dv
-        traffic = operands + (2 * columns * shape.dk * shape.dv * _ROW_BYTES if on_cpu else 0)
+        traffic = operands + (2 * columns * shape.dk * shape.dv * _ROW_BYTES if in_aten else 0)
     else:
-        calls = -(-shape.t // _CHUNK) * _CPU_CALLS_PER_CHUNK
+        calls = -(-shape.t // _CHUNK) * _ATEN_CALLS_PER_CHUNK
         flops = columns * (4 * shape.dk * shape.dv + 2 * _CHUNK * (shape.dk + shape.dv))
         traffic = operands + 2 * columns // _CHUNK * shape.dk * shape.dv * _ROW_BYTES
-    return Work(flops=flops, bytes=traffic, launches=calls + _CPU_CALLS if on_cpu else 3)
+    return Work(flops=flops, bytes=traffic, launches=calls + _ATEN_CALLS if in_aten else 3)
 
 
 def _left(match: Match, shape: _Shape) -> Work:

@@ -1,7 +1,7 @@
 """Runs the semantic operations: hands each call to its generated kernel, or to its lowering for a CPU.
 
-If a kernel cannot be built or launched, the call is computed by the reference, with one warning; EFFARCH_FALLBACK=error raises
-instead.
+If a kernel cannot be built or launched, an attention is computed by the reference and a recurrence chunk by chunk in ATen, with one
+warning; EFFARCH_FALLBACK=error raises instead.
 """
 
 from __future__ import annotations
@@ -108,6 +108,8 @@ def _recurrence_backward(
 def _recurrence_on_gpu(v: torch.Tensor, operands: Any, spec: str, layout: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     from .codegen import recurrence as kernels
 
+    if kernels.left_to_aten(v, operands, parse_recurrence(spec)):
+        return _recurrence(v, operands, spec, layout)
     with torch.cuda.device_of(v):
         return _guarded(
             lambda: kernels.forward(v, operands, parse_recurrence(spec), layout),
@@ -121,6 +123,8 @@ def _recurrence_backward_on_gpu(
 ) -> list[torch.Tensor]:
     from .codegen import recurrence as kernels
 
+    if kernels.left_to_aten(v, operands, parse_recurrence(spec)):
+        return _recurrence_backward(grad, grad_normaliser, grad_final, v, operands, out, spec, decay)
     with torch.cuda.device_of(v):
         return _guarded(
             lambda: kernels.backward(grad, grad_normaliser, grad_final, v, operands, out, parse_recurrence(spec), decay=decay),

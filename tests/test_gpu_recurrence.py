@@ -10,7 +10,7 @@ import torch
 
 from effcompile.codegen import recurrence
 from effcompile.codegen.attention import architecture
-from effcompile.codegen.recurrence import miscompiled
+from effcompile.codegen.recurrence_choices import miscompiled
 from effcompile.errors import EffcompileWarning, KernelError
 from effcompile.runtime import register
 from tests.test_recurrence_kernels import CASES, Case, errors_of, operands_of

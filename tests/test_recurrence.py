@@ -239,3 +239,23 @@ def test_symbols_are_equal_by_name_and_not_by_identity() -> None:
         (match,) = [attempt.result for attempt in report.frames[0].attempts if attempt.matched]
         assert [int(n) for n in match.inputs["v"].shape] == [4, 1, 256, 16]
         sympy.Symbol._Symbol__xnew_cached_.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("hardware", "dtype", "chosen"),
+    [("h100-sxm", torch.bfloat16, "chunks"), ("h100-sxm", torch.float32, "triton"), ("a100-sxm-80", torch.bfloat16, "triton")],
+    ids=str,
+)
+def test_decays_by_key_run_in_torch_where_triton_computes_them_wrongly(hardware: str, dtype: torch.dtype, chosen: str) -> None:
+    q, k, v, g = (torch.randn(512, 1, 4, d, dtype=dtype) for d in (32, 32, 64, 32))
+
+    def step(state: Any, x: Any) -> Any:
+        q, k, v, g = x
+        state = torch.nn.functional.logsigmoid(g).exp()[..., None] * state + k[..., None] * v[..., None, :]
+        return state, (q[..., None] * state).sum(-2)
+
+    def f(q: Any, k: Any, v: Any, g: Any) -> Any:
+        return scan(step, q.new_zeros(1, 4, 32, 64), (q, k, v, g))[1]
+
+    (decision,) = explain(f, q, k, v, g, hardware=hardware).decisions
+    assert (decision.spec["decay"], decision.chosen) == ("key", chosen)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from effcompile.codegen import aot, recurrence
+from effcompile.codegen import aot, recurrence, recurrence_choices
 from effcompile.codegen.recurrence import Problem
 from effcompile.errors import KernelError
 from effcompile.ops.recurrence import RecurrenceSpec
@@ -70,12 +70,12 @@ def test_chunks_are_loaded_ahead_on_hopper() -> None:
 @pytest.mark.parametrize("width", [16, 32, 64, 128, 256])
 @pytest.mark.parametrize("name", [name for name, spec in SPECS.items() if spec.decay in ("none", "head")])
 def test_operands_are_loaded_ahead_wherever_kernels_run_on_hopper(name: str, width: int) -> None:
-    """Where they are not, Triton 3.6 loses their descriptors: `recurrence.miscompiled`."""
+    """Where they are not, Triton 3.6 loses their descriptors: `recurrence_choices.miscompiled`."""
     for other in (16, 64, 256):
         problem = Problem(d_k=width, d_v=other, dtype=torch.bfloat16, arch="sm_90")
         config = recurrence.default_config(SPECS[name], problem)
         assert min(tile.num_stages for tile in (*config.tiles, *config.exchanged)) >= 2
-        assert not recurrence.miscompiled(SPECS[name], problem.dtype, "sm_90")
+        assert not recurrence_choices.miscompiled(SPECS[name], problem.dtype, "sm_90")
 
 
 def test_an_unknown_target_is_refused() -> None:
