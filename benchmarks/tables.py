@@ -109,6 +109,25 @@ def models(payload: Payload) -> str:
     return "\n\n".join(("#### Whole models", lead, table(header, rows), source(payload)))
 
 
+def recurrent_models(payload: Payload) -> str:
+    """Speed of whole recurrent models, and their first call, of which Dynamo's tracing is the same for all."""
+    results = payload["results"]
+    header = ("model", "width", "tokens", "eager", "Inductor", "first call / Inductor's", "Dynamo / first call")
+    rows = []
+    for name, width in dict.fromkeys((r["model"], r["width"]) for r in results):
+        found = _by_contender(results, model=name, width=width)
+        ours, inductor = found.get("effarch"), found.get("inductor", {})
+        if ours is None or "ms" not in ours:
+            continue
+        speed = [times(_value(found, peer, "ms"), ours["ms"]) for peer in ("eager", "inductor")]
+        if "ms" not in inductor and inductor:
+            speed[1] = inductor["status"]
+        first = share(ours["first_s"], inductor.get("first_s")), share(ours["dynamo_s"], ours["first_s"])
+        rows.append((name, str(width), str(ours["tokens"]), *speed, *first))
+    lead = "Hugging Face models of two layers with random weights, one forward pass: how many times faster."
+    return "\n\n".join(("#### Whole recurrent models", lead, table(header, rows), source(payload)))
+
+
 def coverage(payload: Payload) -> str:
     """Attention sites rewritten out of those found, model by model."""
     results, total = payload["results"], payload["totals"]
@@ -164,6 +183,7 @@ def cpu_attention(payload: Payload) -> str:
 SECTIONS: dict[str, Callable[[Payload], str]] = {
     "attention": attention,
     "models": models,
+    "recurrent-models": recurrent_models,
     "coverage": coverage,
     "compile-time": compile_time,
     "compile-cache": compile_cache,
