@@ -78,15 +78,16 @@ def planned(run, values, device):
     run(start)
     launchers, tensors, found = compiled(launches, device), [*values, *made], []
     for launcher, (kernel, _, args, options) in zip(launchers, launches, strict=True):
-        constants = [options[name] for name in kernel.arg_names[len(args) :]]
-        bases = [getattr(x, "base", x) if hasattr(x, "block_shape") else x for x in args]
-        spots = [(at, *slot_of(x, tensors)) for at, x in enumerate(bases) if isinstance(x, torch.Tensor)]
-        if launcher is None or any(slot is None for _, slot, _ in spots):
-            return None
-        copies = [(at, slot) for at, slot, _ in spots if bases[at] is not args[at]]
-        if any(offset for at, _, offset in spots if bases[at] is not args[at]):
-            return None
-        found.append((launcher, [*args, *constants], [spot for spot in spots if bases[spot[0]] is args[spot[0]]], copies))
+        spots, copies, kept = [], [], [*args, *(options[name] for name in kernel.arg_names[len(args) :])]
+        for at, x in enumerate(args):
+            of_tiles = hasattr(x, "block_shape")
+            if isinstance(x, torch.Tensor) or of_tiles:
+                slot, offset = slot_of(x.base if of_tiles else x, tensors)
+                if launcher is None or slot is None or (of_tiles and offset):
+                    return None
+                kept[at] = based_on(x, None) if of_tiles else None  # a plan keeps no memory alive
+                (copies if of_tiles else spots).append((at, slot, offset))
+        found.append((launcher, kept, spots, copies))
     return found, [(x.shape, x.dtype) for x in made]
 
 
@@ -102,23 +103,44 @@ def slot_of(x, tensors):
     return (same[0], x.data_ptr() - tensors[same[0]].data_ptr()) if same else (None, 0)
 
 
+BUILT = dict[tuple, object]()  # (kernel, device, kinds of its arguments) -> the compiled kernel
+
+
+def kind_of(value):
+    """What Triton looks at in an argument when it compiles: two arguments of one kind share a kernel."""
+    if isinstance(value, int):
+        return "one" if value == 1 else ("int", value % 16 == 0, -(2**31) <= value < 2**31)
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    if hasattr(value, "block_shape"):  # copies of tiles
+        return (*kind_of(value.base), *value.block_shape)
+    return value
+
+
 def compiled(launches, device):
-    """What launches each of them: kernels are compiled side by side. None for a kernel that Triton did not compile."""
+    """What launches each of them: new kernels are compiled side by side. None for a kernel that Triton did not compile."""
+    keys = [(id(kernel), device, tuple(map(kind_of, args)), *options.values()) for kernel, _, args, options in launches]
+    new = {key: launch for key, launch in zip(keys, launches, strict=True) if key not in BUILT}
 
     def build(launch):
         kernel, grid, args, options = launch
         built = kernel.warmup(*args, grid=grid, **options)
-        return built and built[grid]
+        return built, built and built[grid]  # which makes its launcher
 
     def attempt(launch):
         try:
-            return build(launch), True
+            return build(launch)
         except Exception:  # Python's own parser may fail in two threads at once
-            return None, False
+            return None
 
-    with ThreadPoolExecutor(8, initializer=torch.cuda.set_device, initargs=(device,)) as pool:
-        built = list(pool.map(attempt, launches))
-    return [launcher if done else build(launch) for (launcher, done), launch in zip(built, launches, strict=True)]
+    if len(new) > 1:
+        with ThreadPoolExecutor(8, initializer=torch.cuda.set_device, initargs=(device,)) as pool:
+            found = dict(zip(new, pool.map(attempt, new.values()), strict=True))
+    else:
+        found = dict.fromkeys(new)
+    for key, launch in new.items():
+        BUILT[key] = (found[key] or build(launch))[0]
+    return [BUILT[key] and BUILT[key][launch[1]] for key, launch in zip(keys, launches, strict=True)]
 
 
 def play(plan, values, addresses, device):
@@ -132,13 +154,13 @@ def play(plan, values, addresses, device):
         args = args.copy()
         for at, slot, offset in spots:
             args[at] = addresses[slot] + offset
-        for at, slot in copies:
+        for at, slot, _ in copies:
             args[at] = based_on(args[at], values[slot])
         launcher(*args)
 
 
 def based_on(copies, tensor):
-    """The same copies of tiles of another tensor."""
+    """The same copies of tiles, of another tensor."""
     made = object.__new__(type(copies))
     made.__dict__.update(copies.__dict__, base=tensor)
     return made

@@ -5,6 +5,8 @@ A driver without a GPU stands in: kernels are really compiled, for an H100, and 
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future
 from pathlib import Path
@@ -125,6 +127,34 @@ def test_other_lengths_are_told_apart(driver: Noting, tmp_path: Path) -> None:
     assert len(module.PLANS) == 4
 
 
+def test_lengths_that_share_kernels_compile_nothing(driver: Noting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = kernels(CAUSAL, "sm_90", tmp_path)
+    run(module, CAUSAL, 64)
+    compiled = len(driver.compiled)
+    monkeypatch.setattr(module, "ThreadPoolExecutor", None)
+    run(module, CAUSAL, 128)
+    assert len(driver.compiled) == compiled == len(module.BUILT)
+    assert len(module.PLANS) == 4
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (torch.zeros(4), torch.zeros(4, dtype=torch.int32)),
+        (torch.zeros(8), torch.zeros(8)[1:]),
+        (1, 2),
+        (16, 17),
+        (2**20, 2**40),
+        (None, 0),
+    ],
+    ids=["dtype", "address", "one", "multiple-of-16", "wide", "none"],
+)
+def test_kinds_that_compile_apart(tmp_path: Path, one: Any, other: Any) -> None:
+    kind_of = kernels(CAUSAL, "sm_90", tmp_path).kind_of
+    assert kind_of(one) != kind_of(other)
+    assert kind_of(one) == kind_of(one)
+
+
 @pytest.mark.parametrize(
     ("one", "other"),
     [
@@ -206,6 +236,18 @@ def test_parts_of_one_memory_are_told_apart_or_left_to_triton(tmp_path: Path) ->
     assert list(launches.module.PLANS.values()).count(None) == 1
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_a_plan_keeps_no_memory_alive(driver: Noting, tmp_path: Path, arch: str) -> None:
+    module, (tensors, _) = kernels(CAUSAL, arch, tmp_path), operands(CAUSAL)
+    results = [*module.forward(*tensors)]
+    driver.launches.clear()
+    assert len(module.PLANS) == 1 and None not in module.PLANS.values()
+    alive = [weakref.ref(x) for x in (*tensors, *results)]
+    tensors.clear(), results.clear()
+    gc.collect()
+    assert [x() for x in alive] == [None] * len(alive)
+
+
 def test_scratch_is_new_memory_each_time(tmp_path: Path) -> None:
     launches = Launches(tmp_path)
     x = torch.zeros(8)
@@ -234,17 +276,16 @@ def test_new_looks_are_compiled_before_anything_runs(
             pass
 
         def submit(self, fn: Any, /, launch: Any) -> Future[Any]:
-            forward = [name for name, _ in driver.launches]
-            assert forward == names[:1] * bool(prepared), "all of a pass before its first launch"
+            assert [name for name, _ in driver.launches] == names[:1], "all of the backward pass before its first launch"
             prepared.append(launch[0].__name__)
             future: Future[Any] = Future()
-            future.set_result((None, False) if fails else fn(launch))
+            future.set_result(None if fails else fn(launch))
             return future
 
     monkeypatch.setattr(module, "ThreadPoolExecutor", AtOnce)
     run(module, CAUSAL)
-    assert prepared == names
+    assert prepared == names[1:], "one kernel alone needs no company"
     assert [name for name, _ in noted(driver)] == names
     run(module, CAUSAL)
-    assert prepared == names, "known looks are not prepared again"
+    assert prepared == names[1:], "known looks are not prepared again"
     assert [name for name, _ in noted(driver)] == names
