@@ -11,6 +11,7 @@ max(operations / peak, bytes / bandwidth), where operations are those of chunks 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib
 import os
@@ -272,11 +273,13 @@ def run(args: argparse.Namespace) -> None:
 
     def results_of(row: str, contender: str, timeout: float) -> list[dict[str, Any]]:
         arguments = [row, contender, args.device, str(args.seed), str(args.scale), *asked]
-        found, status = run_children(__file__, arguments, timeout=timeout, variables=cache_environment(Path(folder)))
+        variables = {**cache_environment(Path(folder)), "TRITON_CACHE_AUTOTUNING": "1"}  # fla-core tunes once for all processes
+        found, status = run_children(__file__, arguments, timeout=timeout, variables=variables)
         missing = [dict(zip(("size", "mode"), name.split(":"), strict=True)) | status for name in asked[len(found) :]]
         return [{"row": row, "contender": contender, **result} for result in (*found, *missing)]
 
-    with tempfile.TemporaryDirectory(prefix="effcompile-bench-", ignore_cleanup_errors=True) as folder:
+    own = tempfile.TemporaryDirectory(prefix="effcompile-bench-", ignore_cleanup_errors=True)
+    with contextlib.nullcontext(args.caches) if args.caches else own as folder:
         first: dict[tuple[str, ...], float] = {}
         if args.jobs:
             with ThreadPoolExecutor(args.jobs) as pool:
@@ -324,6 +327,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=900.0, help="seconds; what does not fit is skipped")
     parser.add_argument("--jobs", type=int, default=0, help="compile with so many processes side by side before measuring")
     parser.add_argument("--prepare", type=float, default=300.0, help="seconds for each of them")
+    parser.add_argument("--caches", help="a folder of compiled code to begin with and to keep: first calls are then no figures")
     parser.add_argument("--scale", type=int, default=1, help="divide the steps by this: a quick try, not a figure")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(4), "little"))

@@ -78,7 +78,8 @@ def planned(run, values, device):
     run(start)
     launchers, tensors, found = compiled(launches, device), [*values, *made], []
     for launcher, (kernel, _, args, options) in zip(launchers, launches, strict=True):
-        spots, copies, kept = [], [], [*args, *(options[name] for name in kernel.arg_names[len(args) :])]
+        spots, copies = list[tuple](), list[tuple]()
+        kept = [*args, *(options[name] for name in kernel.arg_names[len(args) :])]
         for at, x in enumerate(args):
             of_tiles = hasattr(x, "block_shape")
             if isinstance(x, torch.Tensor) or of_tiles:
@@ -140,7 +141,8 @@ def compiled(launches, device):
         found = dict.fromkeys(new)
     for key, launch in new.items():
         BUILT[key] = (found[key] or build(launch))[0]
-    return [BUILT[key] and BUILT[key][launch[1]] for key, launch in zip(keys, launches, strict=True)]
+    grids = [grid for _, grid, _, _ in launches]
+    return [BUILT[key] and BUILT[key][grid] for key, grid in zip(keys, grids, strict=True)]  # type: ignore[index]
 
 
 def play(plan, values, addresses, device):
