@@ -517,6 +517,25 @@ def test_a_failing_lowering_is_replaced_by_the_definition(monkeypatch):
         OPERATOR(case.v, case.operands, text, "bhtd")
 
 
+@pytest.mark.parametrize("name", ["mamba-2", "gla", "mamba"])
+def test_gradients_of_a_decay_that_nothing_asks_for_are_not_computed(name, monkeypatch):
+    asked = []
+    real = runtime.recurrence.without_decay
+    monkeypatch.setattr(runtime.recurrence, "without_decay", lambda x, spec, decay: asked.append(decay) or real(x, spec, decay))
+    case = Case(FORMS[name])
+    decays = [operand in ("gate", "rate") for operand in case.spec.operands]
+    found = []
+    for learns in (True, False):
+        operands = [x.detach().requires_grad_(learns or not decay) for x, decay in zip(case.operands, decays, strict=True)]
+        v = case.v.detach().requires_grad_()
+        OPERATOR(v, operands, case.spec.to_json(), "bhtd")[0].sum().backward()
+        found.append([v.grad, *(x.grad for x in operands)])
+    assert asked == [True, False]
+    for with_it, without, decay in zip(*found, [False, *decays], strict=True):
+        assert (without is None) == decay
+        assert with_it is not None and (decay or torch.equal(with_it, without))
+
+
 def test_rows_of_a_failing_shape_are_told():
     with pytest.raises(RuntimeError):
         recurrence_rows.forward(

@@ -203,6 +203,14 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
     return 0.0 if ours.numel() == 0 else float((ours.double() - theirs).norm() / theirs.norm().clamp_min(1e-3))
 
 
+def without_decay(case: Case) -> list[list[float]]:
+    """By how much gradients differ where that of the decay is not asked for; those of gate and rate by their size."""
+    v, operands = operands_of(case)
+    grads = [torch.ones_like(v), None, None]
+    both = [recurrence.backward(*grads, v, operands, None, case.spec, decay=d, config=config_of(case)) for d in (True, False)]
+    return [[float(y.numel())] if y.shape != x.shape else [difference(y, x.double())] for x, y in zip(*both, strict=True)]
+
+
 def kernels_of(case: Case) -> Any:
     problem = recurrence.Problem(d_k=case.d_k, d_v=case.d_v, dtype=case.dtype, arch="cpu", constant=case.constant)
     return emit.load_kernel(emit.write_kernel(recurrence.source(case.spec, problem), attention._directory, family="recurrence"))
@@ -230,7 +238,9 @@ def serve() -> None:
     for line in sys.stdin:
         try:
             task, name = line.split()
-            tasks: dict[str, Callable[[Case], Any]] = {"compare": compare, "script": script_output, "verdict": verdict}
+            tasks: dict[str, Callable[[Case], Any]] = {
+                "compare": compare, "script": script_output, "verdict": verdict, "without": without_decay
+            }  # fmt: skip
             answer: dict[str, Any] = {"result": tasks[task](CASES[name])}
         except Exception:
             answer = {"failure": traceback.format_exc()}
@@ -266,6 +276,12 @@ def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
 def test_results_and_gradients(name: str, interpreter: Ask) -> None:
     errors = interpreter("compare", name)
     assert {key: error for key, error in errors.items() if not error <= CASES[name].limit} == {}
+
+
+@pytest.mark.parametrize("name", ["head-rated", "key", "value"])
+def test_the_gradient_of_the_decay_is_left_out(name: str, interpreter: Ask) -> None:
+    found = dict(zip(("v", *CASES[name].spec.operands), interpreter("without", name), strict=True))
+    assert set(found) >= {"v", "q", "k", "gate"} and max(x for (x,) in found.values()) < 1e-6
 
 
 @pytest.mark.parametrize("name", ["head-normaliser", "key-before-bonus", "value"])

@@ -366,7 +366,7 @@ def test_the_file_checks_itself(ask: Ask, name: str) -> None:
     assert max(errors) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["gate-initial", "selective-initial"])
+@pytest.mark.parametrize("name", ["gate-initial", pytest.param("selective-initial", marks=pytest.mark.slow)])
 def test_kernels_that_disagree_with_the_reference_are_not_trusted(ask: Ask, name: str) -> None:
     forward, backward, *wrong = ask("agree", CASES[name])
     assert forward == backward == ""
