@@ -33,14 +33,15 @@ def begin(run, *values):
         return
     addresses = [x.data_ptr() if isinstance(x, torch.Tensor) else 0 for x in values]
     key = run.__code__, device, *map(look, values, addresses), *map(addresses.index, addresses)
-    if key not in PLANS:
+    plan = PLANS.get(key, ())
+    if plan == ():
         if len(PLANS) > 4096:
             PLANS.clear()
-        PLANS[key] = planned(run, values, device)
-    if PLANS[key] is None:
+        plan = PLANS[key] = planned(run, values, device)
+    if plan is None:
         run(at_once(device))
     else:
-        play(PLANS[key], values, addresses, device)
+        play(plan, values, addresses, device)
 
 
 def look(value, address):
