@@ -12,7 +12,10 @@ from pathlib import Path
 import torch
 
 FOLDER = Path(__file__).resolve().parent
-ON_GPU = (("attention.py",), ("recurrence.py",), ("models.py",))
+ON_GPU = (
+    ("attention.py",), ("decode.py",), ("models.py",), ("recurrence.py", "--jobs", "10"), ("recurrence_length.py",),
+    ("recurrent_decode.py",), ("recurrent_models.py",),
+)  # fmt: skip
 ON_CPU = (("coverage.py",), ("compile_time.py",), ("compile_time.py", "--second-process"), ("cpu_attention.py",))
 
 

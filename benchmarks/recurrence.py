@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from attention import MODES, PEAKS
 from children import answer, run_children
 from common import (
     Budget,
@@ -41,8 +42,6 @@ from common import (
 )
 from torch import Tensor
 
-MODES = ("forward", "forward+backward")
-PEAKS = {"H100": (790e12, 3.0e12), "H200": (790e12, 4.3e12)}  # measured: bf16 operations/s, bytes/s
 SHAPES = {"b1-t8k-h32-d128": (1, 8192, 32, 128), "b4-t4k-h64-d128": (4, 4096, 64, 128), "b8-t2k-h32-d256": (8, 2048, 32, 256)}
 SHAPES["b8-t1k-h8-d64"] = (8, 1024, 8, 64)
 CHUNK = 64
