@@ -9,12 +9,8 @@ from __future__ import annotations
 import ast
 import contextlib
 import io
-import json
 import math
-import os
-import subprocess
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -28,10 +24,10 @@ from torch import Tensor
 from effcompile.codegen import attention, emit, hopper
 from effcompile.errors import KernelError
 from effcompile.ops.attention import AttentionSpec
+from tests.interpreter import Ask, interpreted, serve
 
 S = "s * 0.2"
 T = 97
-Ask = Callable[[str, str], Any]
 LOWEST = torch.finfo(torch.float32).min
 
 
@@ -278,17 +274,12 @@ def script_output(case: Case) -> list[str]:
     return printed.getvalue().splitlines()
 
 
-def serve() -> None:
-    """Answers each line, what to do with which case, with one line of JSON."""
+def run() -> None:
+    """Answers what to do with which case."""
     attention.set_directory(sys.argv[1])
     torch.set_num_threads(1)
-    for line in sys.stdin:
-        try:
-            task, name = line.split()
-            answer: dict[str, Any] = {"result": {"compare": errors_of, "script": script_output}[task](CASES[name])}
-        except Exception:
-            answer = {"failure": traceback.format_exc()}
-        print(json.dumps(answer), flush=True)
+    tasks: dict[str, Callable[[Case], Any]] = {"compare": errors_of, "script": script_output}
+    serve({task: lambda name, do=do: do(CASES[name]) for task, do in tasks.items()})
 
 
 # -------------------------------------------------------------------------------------------------------------------- the tests
@@ -296,28 +287,8 @@ def serve() -> None:
 
 @pytest.fixture(scope="module")
 def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
-    root = Path(__file__).resolve().parent.parent
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "PYTHONPATH": str(root),
-        "PYTHONWARNINGS": "ignore",
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, str(Path(__file__).resolve()), str(tmp_path_factory.mktemp("kernels"))]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-    assert process.stdin is not None and process.stdout is not None
-
-    def ask(task: str, name: str) -> Any:
-        process.stdin.write(f"{task} {name}\n")  # type: ignore[union-attr]
-        process.stdin.flush()  # type: ignore[union-attr]
-        answer = json.loads(process.stdout.readline())  # type: ignore[union-attr]
-        assert "failure" not in answer, answer["failure"]
-        return answer["result"]
-
-    yield ask
-    process.stdin.close()
-    process.wait(timeout=30)
+    with interpreted(__file__, tmp_path_factory.mktemp("kernels")) as ask:
+        yield ask
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -446,4 +417,4 @@ def test_candidates_start_with_the_default_and_differ() -> None:
 
 
 if __name__ == "__main__":
-    serve()
+    run()

@@ -9,15 +9,10 @@ from __future__ import annotations
 import ast
 import contextlib
 import io
-import json
 import math
-import os
-import subprocess
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,8 +23,8 @@ from effcompile.codegen import attention, emit, recurrence
 from effcompile.codegen.recurrence_source import trim
 from effcompile.errors import KernelError
 from effcompile.ops.recurrence import RecurrenceSpec, empty_output, reference, reference_backward
+from tests.interpreter import Ask, interpreted, serve
 
-Ask = Callable[[str, str], Any]
 T = 37  # two chunks of 16 and a part of one
 
 
@@ -231,20 +226,17 @@ def verdict(case: Case) -> list[str]:
     return [recurrence.disagreement(module, spec, device, d) for spec in (case.spec, wrong) for d in ("forward", "backward")]
 
 
-def serve() -> None:
-    """Answers each line, what to do with which case, with one line of JSON."""
+def run() -> None:
+    """Answers what to do with which case."""
     attention.set_directory(sys.argv[1])
     torch.set_num_threads(1)
-    for line in sys.stdin:
-        try:
-            task, name = line.split()
-            tasks: dict[str, Callable[[Case], Any]] = {
-                "compare": compare, "script": script_output, "verdict": verdict, "without": without_decay
-            }  # fmt: skip
-            answer: dict[str, Any] = {"result": tasks[task](CASES[name])}
-        except Exception:
-            answer = {"failure": traceback.format_exc()}
-        print(json.dumps(answer), flush=True)
+    tasks: dict[str, Callable[[Case], Any]] = {
+        "compare": compare,
+        "script": script_output,
+        "verdict": verdict,
+        "without": without_decay,
+    }
+    serve({task: lambda name, do=do: do(CASES[name]) for task, do in tasks.items()})
 
 
 # -------------------------------------------------------------------------------------------------------------------- the tests
@@ -252,24 +244,8 @@ def serve() -> None:
 
 @pytest.fixture(scope="module")
 def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
-    root = Path(__file__).resolve().parent.parent
-    environment = {
-        **os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"
-    }  # fmt: skip
-    command = [sys.executable, str(Path(__file__).resolve()), str(tmp_path_factory.mktemp("kernels"))]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-    assert process.stdin is not None and process.stdout is not None
-
-    def ask(task: str, name: str) -> Any:
-        process.stdin.write(f"{task} {name}\n")  # type: ignore[union-attr]
-        process.stdin.flush()  # type: ignore[union-attr]
-        answer = json.loads(process.stdout.readline())  # type: ignore[union-attr]
-        assert "failure" not in answer, answer["failure"]
-        return answer["result"]
-
-    yield ask
-    process.stdin.close()
-    process.wait(timeout=30)
+    with interpreted(__file__, tmp_path_factory.mktemp("kernels")) as ask:
+        yield ask
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -390,4 +366,4 @@ def test_candidates_start_with_the_default_and_differ() -> None:
 
 
 if __name__ == "__main__":
-    serve()
+    run()

@@ -9,14 +9,9 @@ from __future__ import annotations
 import ast
 import contextlib
 import io
-import json
-import os
-import subprocess
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -29,8 +24,8 @@ from torch import Tensor
 from effcompile.codegen import attention, emit, scan
 from effcompile.errors import KernelError
 from effcompile.ops.recurrence import RecurrenceSpec, empty_output, reference, reference_backward
+from tests.interpreter import Ask, interpreted, serve
 
-Ask = Callable[..., Any]
 FLOOR_ULPS = 8.0  # below it, two correct results may differ in the order of their additions alone
 
 
@@ -271,20 +266,14 @@ def not_a_number(create: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda *args, **kwargs: create(*args, **kwargs).fill_(float("nan"))
 
 
-def serve() -> None:
-    """Answers each line, a task and a case, with one line of JSON. New memory holds NaN: what nobody writes is seen."""
+def run() -> None:
+    """Answers questions. New memory holds NaN: what nobody writes is seen."""
     for name in ("empty", "empty_like", "empty_strided"):
         setattr(torch, name, not_a_number(getattr(torch, name)))
     attention.set_directory(sys.argv[1])
     torch.set_num_threads(1)
     tasks: dict[str, Callable[[Case], Any]] = {"compare": excess_of, "script": script_output, "agree": agreement}
-    for line in sys.stdin:
-        try:
-            task, fields = json.loads(line)
-            answer: dict[str, Any] = {"result": tasks[task](Case(**fields))}
-        except Exception:
-            answer = {"failure": traceback.format_exc()}
-        print(json.dumps(answer), flush=True)
+    serve({task: lambda fields, do=do: do(Case(**fields)) for task, do in tasks.items()})
 
 
 # -------------------------------------------------------------------------------------------------------------------- the tests
@@ -292,21 +281,8 @@ def serve() -> None:
 
 @pytest.fixture(scope="module")
 def ask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
-    root = Path(__file__).resolve().parent.parent
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
-    command = [sys.executable, "-W", "ignore", __file__, str(tmp_path_factory.mktemp("kernels"))]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        assert process.stdin is not None and process.stdout is not None
-
-        def answer(task: str, case: Case) -> Any:
-            process.stdin.write(json.dumps([task, asdict(case)]) + "\n")  # type: ignore[union-attr]
-            process.stdin.flush()  # type: ignore[union-attr]
-            found = json.loads(process.stdout.readline())  # type: ignore[union-attr]
-            assert "failure" not in found, found["failure"]
-            return found["result"]
-
-        yield answer
-        process.stdin.close()
+    with interpreted(__file__, tmp_path_factory.mktemp("kernels")) as ask:
+        yield ask
 
 
 def assert_close(found: dict[str, float]) -> None:
@@ -327,7 +303,7 @@ SLOW = {
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in CASES])
 def test_results_and_gradients(ask: Ask, name: str) -> None:
-    assert_close(ask("compare", CASES[name]))
+    assert_close(ask("compare", asdict(CASES[name])))
 
 
 @settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -355,12 +331,12 @@ def test_results_and_gradients(ask: Ask, name: str) -> None:
     )
 )
 def test_shapes_and_tiles(ask: Ask, case: Case) -> None:
-    assert_close(ask("compare", case))
+    assert_close(ask("compare", asdict(case)))
 
 
 @pytest.mark.parametrize("name", ["gate-initial", "factor", "selective-initial"])
 def test_the_file_checks_itself(ask: Ask, name: str) -> None:
-    lines = ask("script", CASES[name])
+    lines = ask("script", asdict(CASES[name]))
     errors = [float(line.split()[3]) for line in lines]
     assert len(errors) == 3 + len(CASES[name].spec.operands)
     assert max(errors) < 1e-5
@@ -368,7 +344,7 @@ def test_the_file_checks_itself(ask: Ask, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["gate-initial", pytest.param("selective-initial", marks=pytest.mark.slow)])
 def test_kernels_that_disagree_with_the_reference_are_not_trusted(ask: Ask, name: str) -> None:
-    forward, backward, *wrong = ask("agree", CASES[name])
+    forward, backward, *wrong = ask("agree", asdict(CASES[name]))
     assert forward == backward == ""
     assert all("agree with the reference" in why for why in wrong)
 
@@ -508,4 +484,4 @@ def test_more_rows_than_are_meant_are_refused() -> None:
 
 
 if __name__ == "__main__":
-    serve()
+    run()

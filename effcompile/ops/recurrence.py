@@ -27,7 +27,7 @@ Decay = Literal["none", "head", "key", "value", "full"]
 Gate = Literal["log", "factor"]
 Read = Literal["after", "before"]
 
-SPEC_VERSION = 1
+SPEC_VERSION = 2  # part of the key of compiled graphs: raised when an operator's schema changes
 OPTIONAL = ("q", "k", "gate", "rate", "bonus", "initial")
 """The operands beside `v`, in the order in which they are passed."""
 
