@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 
 FOLDER = Path(__file__).resolve().parent
+FOLDERS = (FOLDER, FOLDER.parent / "examples")
 ON_GPU = (
     ("attention.py",), ("decode.py",), ("models.py",), ("recurrence.py", "--jobs", "10"), ("recurrence_length.py",),
-    ("recurrent_decode.py",), ("recurrent_models.py",),
+    ("recurrent_decode.py",), ("recurrent_models.py",), ("training.py",), ("mask_memory.py",), ("flash_attention.py",),
 )  # fmt: skip
 ON_CPU = (("coverage.py",), ("compile_time.py",), ("compile_time.py", "--second-process"), ("cpu_attention.py",))
 
@@ -27,7 +28,8 @@ def main() -> int:
         raise SystemExit(f"Expected names of {sorted({script for script, *_ in runs})} but got {sorted(unknown)}")
     for script, *options in (run for run in runs if not named or run[0] in named):
         print("#", script, *options, flush=True)
-        if subprocess.run([sys.executable, str(FOLDER / script), *options]).returncode:
+        path = next(folder / script for folder in FOLDERS if (folder / script).exists())
+        if subprocess.run([sys.executable, str(path), *options]).returncode:
             failed.append(script)
     print("# tables.py", flush=True)
     if (FOLDER.parent / "README.md").exists() and subprocess.run([sys.executable, str(FOLDER / "tables.py")]).returncode:

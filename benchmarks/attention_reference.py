@@ -54,7 +54,7 @@ def _block(row: Row, q: Tensor, k: Tensor, v: Tensor, extra: Extra, start: int, 
     h = torch.arange(heads, device=q.device).view(heads, 1, 1)
     i = torch.arange(start, start + size, device=q.device).view(size, 1)
     j = torch.arange(tokens, device=q.device).view(1, tokens)
-    scores = row.score(scores, h, i, j, extra).to(q.dtype).masked_fill(~row.keep(i, j, extra), float("-inf"))
+    scores = row.score(scores, h, i, j, extra).to(q.dtype).masked_fill(~row.keep(i, j, extra, row.tokens), float("-inf"))
     if row.has_sink:
         scores = torch.cat([scores, extra[0].to(q.dtype).view(1, heads, 1, 1).expand(batch, heads, size, 1)], dim=-1)
     weights = torch.softmax(scores, dim=-1, dtype=softmax).to(q.dtype)[..., :tokens]

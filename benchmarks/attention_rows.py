@@ -1,7 +1,7 @@
 """The rows of the attention benchmark: sizes, the eager source, and the same attention as a formula.
 
-`keep(i, j)` and `score(s, h, i, j)` state each row a second time, apart from the eager source: FlexAttention takes them, and the
-blocked reference computes them in float64.
+`keep(i, j, extra, tokens)` and `score(s, h, i, j, extra)` state each row a second time, apart from the eager source: FlexAttention
+takes them, and the blocked reference computes them in float64.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 Extra = tuple[Tensor, ...]
+Keep = Callable[[Any, Any, Extra, int], Any]
 
 
 def _unchanged(s: Tensor, h: Any, i: Any, j: Any, extra: Extra) -> Tensor:
@@ -23,7 +24,10 @@ def _unchanged(s: Tensor, h: Any, i: Any, j: Any, extra: Extra) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One attention. `density` is the share of the T x T scores that take part; `extra` makes the captured tensors."""
+    """One attention. `density` is the share of the T x T scores that take part; `extra` makes the captured tensors.
+
+    `is_bias`: what `score` does to s is to add something.
+    """
 
     name: str
     title: str
@@ -34,12 +38,18 @@ class Row:
     value_width: int
     density: float
     source: Callable[..., Tensor]
-    keep: Callable[[Any, Any, Extra], Any]
+    keep: Keep
     score: Callable[[Tensor, Any, Any, Any, Extra], Tensor] = _unchanged
     extra: Callable[[str, int, int], Extra] = lambda device, tokens, heads: ()
     is_plain_causal: bool = False
+    is_bias: bool = False
     has_sink: bool = False
     later: bool = False
+
+    @property
+    def is_score_unchanged(self) -> bool:
+        """The scaled product itself."""
+        return self.score is _unchanged
 
     def flops(self, *, backward: bool) -> float:
         """Multiplications and additions of the two products; the backward pass has five of them."""
@@ -51,16 +61,25 @@ class Row:
         return 2.0 * self.tokens * (self.heads + self.kv_heads) * (self.width + self.value_width)
 
 
-def _causal(i: Any, j: Any, extra: Extra) -> Any:
+def _causal(i: Any, j: Any, extra: Extra, tokens: int) -> Any:
     return j <= i
 
 
-def _window(size: int) -> Callable[[Any, Any, Extra], Any]:
-    return lambda i, j, extra: (j <= i) & (i - j < size)
+def _window(size: int) -> Keep:
+    return lambda i, j, extra, tokens: (j <= i) & (i - j < size)
 
 
-def _same_document(i: Any, j: Any, extra: Extra) -> Any:
+def _same_document(i: Any, j: Any, extra: Extra, tokens: int) -> Any:
     return (j <= i) & (extra[0][i] == extra[0][j])
+
+
+def _block_diffusion(size: int) -> Keep:
+    def keep(i: Any, j: Any, extra: Extra, tokens: int) -> Any:
+        half = tokens // 2
+        row, column = i % half // size, j % half // size
+        return ((row == column) & ((i < half) == (j < half))) | ((j >= half) & (row > column))
+
+    return keep
 
 
 def _alibi(s: Tensor, h: Any, i: Any, j: Any, extra: Extra) -> Tensor:
@@ -132,12 +151,23 @@ ROWS: tuple[Row, ...] = (
         source=sources.alibi,
         keep=_causal,
         score=_alibi,
+        is_bias=True,
         extra=_slopes,
         heads=32,
         kv_heads=32,
         width=128,
         value_width=128,
         later=True,
+    ),
+    Row(
+        name="diffusion-8k",
+        title="block diffusion, 32-token blocks, GQA 32/8, D 128, T 8192",
+        tokens=8192,
+        density=0.25,
+        source=sources.block_diffusion,
+        keep=_block_diffusion(32),
+        later=True,
+        **GQA,
     ),
     Row(
         name="mla-8k",

@@ -64,6 +64,23 @@ def documents(q: Tensor, k: Tensor, v: Tensor, document: Tensor) -> Tensor:
     return torch.matmul(weights, repeat_kv(v, groups))
 
 
+def block_diffusion(q: Tensor, k: Tensor, v: Tensor, block: int = 32) -> Tensor:
+    """BD3-LM in training: the first half of the sequence is noisy, the second the same tokens clean.
+
+    A noisy block sees itself and the clean blocks before it; a clean block sees itself and the clean blocks before it.
+    """
+    groups, tokens = q.shape[1] // k.shape[1], q.shape[2]
+    position = torch.arange(tokens, device=q.device)
+    half, number = position // (tokens // 2), position % (tokens // 2) // block
+    row, column = number[:, None], number[None, :]
+    itself = (row == column) & (half[:, None] == half[None, :])
+    keep = itself | ((half[None, :] == 1) & (row > column))
+    scores = torch.matmul(q, repeat_kv(k, groups).transpose(2, 3)) * q.shape[-1] ** -0.5
+    scores = scores.masked_fill(~keep, torch.finfo(q.dtype).min)
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+    return torch.matmul(weights, repeat_kv(v, groups))
+
+
 def padding(q: Tensor, k: Tensor, v: Tensor, attended: Tensor) -> Tensor:
     """Every query sees the keys that are no padding. `attended` [B, T] is 1 at a token and 0 at padding, as tokenizers give it."""
     groups = q.shape[1] // k.shape[1]

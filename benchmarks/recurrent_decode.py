@@ -3,7 +3,8 @@
     python benchmarks/recurrent_decode.py [--rows mamba2,gla] [--batches 1,16,128] [--out FILE]
 
 A result holds median milliseconds, launched one by one and, on a GPU, replayed from a CUDA graph; the share of the floor, the bytes
-of the state read and written once at the device's measured bandwidth; and the relative L2 error of the output against float64.
+of the state read and written once at the device's measured bandwidth; and the relative L2 errors of the output and of the state
+against float64. Of effarch it says what was decided.
 """
 
 from __future__ import annotations
@@ -42,6 +43,26 @@ def mamba2_step(state: Tensor, x: Tensor, b: Tensor, c: Tensor, dt: Tensor, a_lo
     return ((state * c.float()[:, None, None]).sum(-1) + skip[:, None] * x.float()).to(x.dtype)
 
 
+def mamba2_matmul_step(state: Tensor, x: Tensor, b: Tensor, c: Tensor, dt: Tensor, a_log: Tensor, skip: Tensor) -> Tensor:
+    """The same, read by a product of matrices, as Hugging Face's models do."""
+    dt = F.softplus(dt.float())
+    decay = torch.exp(-torch.exp(a_log) * dt)
+    update = (dt[..., None] * x.float())[..., None] * b.float()[:, None, None]
+    new = state * decay[..., None, None] + update
+    state.copy_(new)
+    out = torch.matmul(new, c.to(new.dtype)[:, None, :, None]).squeeze(-1)
+    return (out + skip[:, None] * x.float()).to(x.dtype)
+
+
+def gated_delta_step(state: Tensor, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, gate: Tensor) -> Tensor:
+    """state [B, H, K, V], q, k [B, H, K], v [B, H, V], beta, gate [B, H]: the output [B, H, V]."""
+    q, k, v = F.normalize(q.float(), dim=-1), F.normalize(k.float(), dim=-1), v.float()
+    decayed = state * F.logsigmoid(gate.float()).exp()[..., None, None]
+    delta = (v - (decayed * k[..., None]).sum(-2)) * beta.float().sigmoid()[..., None]
+    state.copy_(decayed + k[..., None] * delta[..., None, :])
+    return (q[..., None] * state).sum(-2).to(gate.dtype)
+
+
 def gla_step(state: Tensor, q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
     """state [B, H, K, V], q, k [B, H, K], v [B, H, V], gate [B, H, K]: the output [B, H, V]."""
     decay = F.logsigmoid(gate.float()).div(16).exp()
@@ -69,8 +90,11 @@ class Row:
         return made
 
 
+_MAMBA2 = ((80, 64, 128), (80, 64), (128,), (128,), (80,), (80,), (80,))
 ROWS = (
-    Row(name="mamba2", step=mamba2_step, sizes=((80, 64, 128), (80, 64), (128,), (128,), (80,), (80,), (80,)), shared=2),
+    Row(name="mamba2", step=mamba2_step, sizes=_MAMBA2, shared=2),
+    Row(name="mamba2-matmul", step=mamba2_matmul_step, sizes=_MAMBA2, shared=2),
+    Row(name="gated-delta", step=gated_delta_step, sizes=((32, 128, 128), (32, 128), (32, 128), (32, 128), (32,), (32,))),
     Row(name="gla", step=gla_step, sizes=((32, 128, 128), (32, 128), (32, 128), (32, 128), (32, 128))),
 )
 CONTENDERS: dict[str, Callable[[Step], Step]] = {
@@ -92,11 +116,16 @@ def measured(row: Row, batch: int, contender: str, device: str) -> dict[str, Any
     """One contender on one row."""
     torch._dynamo.reset()
     operands = row.operands(batch, device)
-    exact = row.step(*(x.double() for x in operands))
+    in_float64 = [x.double() for x in operands]
+    exact = row.step(*in_float64)
     compiled = CONTENDERS[contender](row.step)
     with torch.no_grad():
         out, seconds = first_call(lambda: compiled(*operands), device)
-        result: dict[str, Any] = {"status": "ok", "first_s": round(seconds, 2), "error": float(f"{relative_l2(out, exact):.3e}")}
+        errors = {"error": relative_l2(out, exact), "state_error": relative_l2(operands[0], in_float64[0])}
+        result: dict[str, Any] = {"status": "ok", "first_s": round(seconds, 2), **{k: float(f"{x:.3e}") for k, x in errors.items()}}
+        if contender == "effarch":
+            decisions = import_effcompile().last_report().frames[-1].decisions
+            result["decided"] = [f"{d.outcome}: {d.chosen or d.why}" for d in decisions]
         result["ms"] = round(median_ms(lambda: compiled(*operands), device), 4)
         if device == "cuda":
             result["graph_ms"] = round(graph_ms(lambda: compiled(*operands)), 4)

@@ -75,7 +75,7 @@ def attention(payload: Payload) -> str:
         if "ms" not in ours:
             rows.append((ours["title"], mode, ours["status"], *[MISSING] * 6))
             continue
-        sdpa = [ms for name in ("sdpa-flash2", "sdpa-cudnn") if (ms := _value(found, name, "ms"))]
+        sdpa = [ms for name in ("sdpa-flash2", "sdpa-cudnn", "sdpa-mask") if (ms := _value(found, name, "ms"))]
         speed = [times(_value(found, name, "ms"), ours["ms"]) for name in ("inductor", "flex")]
         best = times(min(sdpa, default=None), ours["ms"])
         memory = share(ours["peak_mb"], _value(found, "flex", "peak_mb"))
@@ -84,7 +84,10 @@ def attention(payload: Payload) -> str:
         rows.append((ours["title"], mode, _against_eager(found), *speed, best, floor, memory, error))
     first = [r["first_s"] for r in results if r["contender"] == "effarch" and "first_s" in r]
     note = f"The longest first call of effarch took {max(first):.0f} s." if first else ""
-    lead = "How many times faster than each peer, which all ran beside it; SDPA is the better of FlashAttention 2 and cuDNN."
+    lead = (
+        "How many times faster than each peer, which all ran beside it; SDPA is the better of FlashAttention 2 and cuDNN,"
+        " or a fused kernel with a dense mask."
+    )
     return "\n\n".join(filter(None, ("#### Attention written in plain PyTorch", lead, table(header, rows), note, source(payload))))
 
 
@@ -107,6 +110,79 @@ def models(payload: Payload) -> str:
         rows.append((name, str(ours["tokens"]), _against_eager(found), speed, memory, error))
     lead = "Hugging Face models at their real width, two layers, eager attention, one forward pass: how many times faster."
     return "\n\n".join(("#### Whole models", lead, table(header, rows), source(payload)))
+
+
+def flash_attention(payload: Payload) -> str:
+    """Latency and memory of standard attention over those of the rewritten one, length by length."""
+    results = payload["results"]
+    peers = [name for name in dict.fromkeys(r["contender"] for r in results) if name != "rewritten"]
+    header = ("tokens", *(f"{name}: latency" for name in peers), *(f"{name}: memory" for name in peers))
+    rows = []
+    for tokens in dict.fromkeys(r["tokens"] for r in results):
+        found = _by_contender(results, tokens=tokens)
+        rows.append((str(tokens), *(_against(found, name, key, "rewritten") for key in ("ms", "peak_mb") for name in peers)))
+    lead = (
+        f"examples/flash_attention.py: {payload['size']['layers']} layers of Llama 3 8B's widths, one forward pass; how many times"
+        " the latency, and the peak memory beyond the weights, of the same model rewritten by effarch."
+    )
+    return "\n\n".join(("#### Llama 3 at growing lengths", lead, table(header, rows), source(payload)))
+
+
+def training(payload: Payload) -> str:
+    """Speed and memory of a whole training step, on both ways to write attention."""
+    results = payload["results"]
+    header = ("tokens", "source", "eager", "Inductor", "Inductor on SDPA", "memory / Inductor's", "error / eager's")
+    rows = []
+    for tokens in dict.fromkeys(r["tokens"] for r in results):
+        found = _by_contender(results, tokens=tokens)
+        for title, suffix in (("as written", ""), ("SDPA", "-sdpa")):
+            name = f"effarch{suffix}"
+            ours = found.get(name)
+            if ours is None:
+                continue
+            if "ms" not in ours:
+                rows.append((str(tokens), title, ours["status"], *[MISSING] * 4))
+                continue
+            speed = [_against(found, peer, "ms", name) for peer in ("eager", "inductor", "inductor-sdpa")]
+            error = MISSING if "error_vs_eager" not in ours else f"{ours['error_vs_eager']:.2f}"
+            memory = share(ours["peak_mb"], _value(found, f"inductor{suffix}", "peak_mb"))
+            rows.append((str(tokens), title, *speed, memory, error))
+    lead = (
+        f"A step (forward and backward, no optimizer) of {payload['size']['layers']} layers of Llama 3 8B's widths in bfloat16,"
+        " batch 1: how many times faster effarch is on either source."
+    )
+    return "\n\n".join(("#### Training", lead, table(header, rows), source(payload)))
+
+
+def mask_memory(payload: Payload) -> str:
+    """What a mask costs beyond the inputs and the results, in MiB."""
+    results = payload["results"]
+    names = list(dict.fromkeys(r["contender"] for r in results))
+    header = ("mask", "tokens", "dense, MiB", *(f"{name}, MiB" for name in names))
+    rows = []
+    for mask, tokens in dict.fromkeys((r["mask"], r["tokens"]) for r in results):
+        found = _by_contender(results, mask=mask, tokens=tokens)
+        cells = [_mebibytes(found.get(name, {})) for name in names]
+        rows.append((mask, str(tokens), f"{tokens**2 / 2**20:.0f}", *cells))
+    lead = (
+        "Memory that a call takes at its peak beyond its inputs and its result, with what stays for its mask;"
+        " dense: one byte for each pair of a query and a key."
+    )
+    return "\n\n".join(("#### Memory of masks", lead, table(header, rows), source(payload)))
+
+
+def _mebibytes(result: Payload) -> str:
+    if result.get("status") == "ok":
+        return MISSING if result["extra_mb"] is None else f"{result['extra_mb']:.1f}"
+    return "out of memory" if result.get("status") == "oom" else result.get("status", MISSING)
+
+
+def _against(found: dict[str, Payload], peer: str, key: str, ours: str) -> str:
+    """How many times `ours` the peer takes; in words, if it ran out of memory or gave no result."""
+    other = found.get(peer, {"status": MISSING})
+    if other["status"] == "ok":
+        return times(other[key], _value(found, ours, key))
+    return "out of memory" if other["status"] == "oom" else other["status"]
 
 
 def recurrent_models(payload: Payload) -> str:
@@ -182,6 +258,9 @@ def cpu_attention(payload: Payload) -> str:
 
 SECTIONS: dict[str, Callable[[Payload], str]] = {
     "attention": attention,
+    "mask-memory": mask_memory,
+    "flash-attention": flash_attention,
+    "training": training,
     "models": models,
     "recurrent-models": recurrent_models,
     "coverage": coverage,

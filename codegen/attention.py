@@ -275,7 +275,7 @@ def default_config(spec: AttentionSpec, problem: Problem) -> Config:
     rule = replace(_rules(problem)[max(64, problem.width)], fast_tanh=takes_fast_tanh(spec, problem))
     if spec.dropout:  # random numbers take registers of their own
         rule = replace(rule, dkv=replace(rule.dkv, block_m=max(16, rule.dkv.block_m // 2)))  # type: ignore[union-attr]
-    special = problem.copies and hopper.takes(problem.dtype, problem.arch) and not spec.dropout
+    special = problem.copies and hopper.takes(problem.dtype, problem.arch) and hopper.serves(spec)
     return _for_hopper(rule, spec, problem) if special else rule
 
 

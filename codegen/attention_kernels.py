@@ -23,6 +23,7 @@ from .primitives import LOG2E, load_tile, mean_of_values, store_tile, tile_range
 
 # ------------------------------------------------------------------------------------------------------------------------ Flags
 
+NORMALISED = tl.constexpr(True)  # a softmax makes weights of the score; without one it is the weight itself
 ONLINE = tl.constexpr(True)  # the maximum is tracked; not needed where the score is bounded
 FOLDED = tl.constexpr(True)  # the score is in units of log2: log2(e) is part of its constants
 SCALED = tl.constexpr(True)  # the score is SCALE * s
@@ -171,21 +172,25 @@ def attend(
         else:
             x = score(s, b, h, i, j, inside, fixed, rows, cols, captures)
         if MASKED:
-            x = tl.where(visible(b, h, i, j, inside, fixed, rows, cols, captures) & (j < TK), x, float("-inf"))
-        if ONLINE:
-            if SCALED:
-                new_peak = tl.maximum(peak, tl.max(x, 1) * SCALE)
-                p = weight(x * SCALE - new_peak[:, None])
+            seen = visible(b, h, i, j, inside, fixed, rows, cols, captures) & (j < TK)
+            x = tl.where(seen, x, float("-inf") if NORMALISED else 0.0)
+        if NORMALISED:
+            if ONLINE:
+                if SCALED:
+                    new_peak = tl.maximum(peak, tl.max(x, 1) * SCALE)
+                    p = weight(x * SCALE - new_peak[:, None])
+                else:
+                    new_peak = tl.maximum(peak, tl.max(x, 1))
+                    p = weight(x - new_peak[:, None])
+                decay = weight(peak - new_peak)
+                peak = new_peak
+                total = total * decay + tl.sum(p, 1)
+                acc = acc * decay[:, None]
             else:
-                new_peak = tl.maximum(peak, tl.max(x, 1))
-                p = weight(x - new_peak[:, None])
-            decay = weight(peak - new_peak)
-            peak = new_peak
-            total = total * decay + tl.sum(p, 1)
-            acc = acc * decay[:, None]
+                p = weight(x)
+                total = total + tl.sum(p, 1)
         else:
-            p = weight(x)
-            total = total + tl.sum(p, 1)
+            p = x
         if DROPOUT:
             p = tl.where(kept(b, h, i, j, captures), p, 0.0)
         b_v = load_tile(v_base + wide(j0) * stride_vt, TK - j0, stride_vt, stride_vd, BLOCK_N, BLOCK_V, D_V, MASKED)
@@ -254,16 +259,18 @@ def forward_kernel(
             stride_kt, stride_kd, stride_vt, stride_vd, fixed, rows, captures, True, D_QK, D_V, BLOCK_N, BLOCK_QK, BLOCK_V,
         )  # fmt: skip
 
-    lse = tl.log(total)
-    if ONLINE:
-        if FOLDED:
-            lse = lse + peak / LOG2E
+    lse = total
+    if NORMALISED:
+        lse = tl.log(total)
+        if ONLINE:
+            if FOLDED:
+                lse = lse + peak / LOG2E
+            else:
+                lse = lse + peak
+        if ZERO:
+            acc = acc / tl.where(total == 0, 1.0, total)[:, None]
         else:
-            lse = lse + peak
-    if ZERO:
-        acc = acc / tl.where(total == 0, 1.0, total)[:, None]
-    else:
-        acc = acc / total[:, None]
+            acc = acc / total[:, None]
     if MEAN:
         if tl.min(total) == 0:
             mean = mean_of_values(v_base, TK, stride_vt, stride_vd, D_V, BLOCK_N, BLOCK_V)
@@ -347,12 +354,19 @@ def gather_dq(
         if MASKED:
             inside = inside & (j < TK)
         x, slope = score_and_slope(s, b, h, i, j, inside, fixed, rows, cols, captures)
-        p = weight(x - norm)
         if MASKED:
-            p = tl.where(visible(b, h, i, j, inside, fixed, rows, cols, captures) & (j < TK), p, 0.0)
+            seen = visible(b, h, i, j, inside, fixed, rows, cols, captures) & (j < TK)
         if DROPOUT:
             dp = tl.where(kept(b, h, i, j, captures), dp * KEPT_SCALE, 0.0)
-        ds = p * (dp - delta)
+        if NORMALISED:
+            p = weight(x - norm)
+            if MASKED:
+                p = tl.where(seen, p, 0.0)
+            ds = p * (dp - delta)
+        else:
+            ds = dp
+            if MASKED:
+                ds = tl.where(seen, ds, 0.0)
         if SLOPED:
             ds = ds * slope
         dq = tl.dot(ds.to(b_k.dtype), b_k, dq, input_precision=PRECISION)
@@ -469,9 +483,10 @@ def gather_dkv(
         if EMPTY:
             p = tl.where((norm == float("inf")) & inside, 1.0 / TK, 0.0)
         else:
-            p = weight(x - norm)
+            p = weight(x - norm) if NORMALISED else x
             if MASKED:
-                p = tl.where(visible(b, h, i, j, inside, fixed, rows, cols, captures) & inside, p, 0.0)
+                seen = visible(b, h, i, j, inside, fixed, rows, cols, captures) & inside
+                p = tl.where(seen, p, 0.0)
         left = p
         if DROPOUT:
             survives = kept(b, h, i, j, captures)
@@ -482,7 +497,12 @@ def gather_dkv(
             dp = tl.dot(b_v, b_g.T, input_precision=PRECISION)
             if DROPOUT:
                 dp = tl.where(survives, dp * KEPT_SCALE, 0.0)
-            ds = p * (dp - delta)
+            if NORMALISED:
+                ds = p * (dp - delta)
+            else:
+                ds = dp
+                if MASKED:
+                    ds = tl.where(seen, ds, 0.0)
             if SLOPED:
                 ds = ds * slope
             dk = tl.dot(ds.to(b_q.dtype), b_q, dk, input_precision=PRECISION)
@@ -624,11 +644,15 @@ def add_tile(
     norm = tl.load(Norm + line, mask=i < TQ, other=0.0)  # [M, 1]
     delta = tl.load(Delta + line, mask=i < TQ, other=0.0)
     inside = (i < TQ) & (j < TK)
-    x = score(s, b, h, i, j, inside, fixed, rows, cols, captures)
-    p = tl.where(visible(b, h, i, j, inside, fixed, rows, cols, captures) & inside, weight(x - norm), 0.0)
+    seen = visible(b, h, i, j, inside, fixed, rows, cols, captures) & inside
     if DROPOUT:
         dp = tl.where(kept(b, h, i, j, captures), dp * KEPT_SCALE, 0.0)
-    return acc + p * (dp - delta) * load_slope(s, b, h, i, j, inside, fixed, rows, cols, captures, AT)
+    if NORMALISED:
+        x = score(s, b, h, i, j, inside, fixed, rows, cols, captures)
+        ds = tl.where(seen, weight(x - norm), 0.0) * (dp - delta)
+    else:
+        ds = tl.where(seen, dp, 0.0)
+    return acc + ds * load_slope(s, b, h, i, j, inside, fixed, rows, cols, captures, AT)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -930,11 +954,12 @@ def backward(grad_out, q, k, v, out, lse, captures, *, grad_lse=None, dq_config=
         any_empty = torch.zeros(1, dtype=torch.int32, device=q.device)
 
     def run(start):
-        start(
-            delta_kernel, (batch * heads, tile_count(norm.shape[-1], 64), 1),
-            out, grad_out, lse, grad_lse, norm, delta, d_sink, any_empty, *out.stride(), *grad_out.stride(), norm.stride(1),
-            heads, t_q, captures, D_V=d_v, BLOCK_V=width_of(d_v), BLOCK_M=64, num_warps=4,
-        )  # fmt: skip
+        if NORMALISED:
+            start(
+                delta_kernel, (batch * heads, tile_count(norm.shape[-1], 64), 1),
+                out, grad_out, lse, grad_lse, norm, delta, d_sink, any_empty, *out.stride(), *grad_out.stride(), norm.stride(1),
+                heads, t_q, captures, D_V=d_v, BLOCK_V=width_of(d_v), BLOCK_M=64, num_warps=4,
+            )  # fmt: skip
         if TABLE:
             table = block_table(start, q, k, captures, config=dkv_config, by_key=True)
         launch_dkv(start, grad_out, q, k, v, norm, delta, any_empty, dk, dv, table, dkv_config, captures)

@@ -23,7 +23,7 @@ from effcompile.ir import Candidate, Match, Work
 from effcompile.ops.attention import AttentionSpec, index_tensors
 from effcompile.terms import Load, from_text, is_condition
 
-from . import decode, recurrence_choices, sdpa
+from . import decode, hopper, recurrence_choices, sdpa
 from .hooks import Variant
 from .implementation import Implementation, generates_for, hints_of_match, size_as_number
 from .launching import width_of
@@ -93,18 +93,23 @@ def _shape(match: Match) -> _Shape:
 def _attention(match: Match, hardware: Hardware) -> list[Implementation]:
     spec, shape = match.spec, _shape(match)
     flops, density = 2 * shape.pairs * (shape.d + shape.dv), density_of(spec, shape.tq, shape.tk)
-    exponentials = shape.pairs * (1 + spec.score.count("tanh"))
+    exponentials = shape.pairs * _exponentials(spec)
     fused = Work(flops=flops * density, bytes=shape.operands, transcendentals=exponentials * density)
     found = []
     if generates_for(hardware) and max(shape.d, shape.dv) <= _deepest(match):
         few = shape.decodes and not spec.dropout
-        ours = _decoding(spec, shape, density, hardware) if few else _generated(fused, shape, hardware, special=not spec.dropout)
+        ours = _decoding(spec, shape, density, hardware) if few else _generated(fused, shape, hardware, special=hopper.serves(spec))
         found.append(Implementation(candidate=ours, lower=lower_generated))
     found += _library(match, shape, hardware, fused)
     scores = shape.pairs * (2 * shape.bytes + 2 * shape.bytes)
     unfused = Work(flops=flops, bytes=shape.operands + scores, transcendentals=exponentials, launches=3)
     own = Candidate(name="inductor", kind="inductor", work=unfused, compute_efficiency=0.7, memory_efficiency=0.9)
     return [*found, Implementation(candidate=own, lower=None)]
+
+
+def _exponentials(spec: AttentionSpec) -> int:
+    """Of one pair: that of the softmax, and those of the score."""
+    return (spec.normaliser == "softmax") + spec.score.count("tanh") + spec.score.count("sigmoid")
 
 
 def _generated(work: Work, shape: _Shape, hardware: Hardware, *, special: bool) -> Candidate:
@@ -152,7 +157,7 @@ def _decoding(spec: AttentionSpec, shape: _Shape, density: float, hardware: Hard
     work = Work(
         flops=2 * pairs * (shape.d + shape.dv),
         bytes=shape.rows + shape.cache * keys / max(1, shape.tk),
-        transcendentals=pairs * (1 + spec.score.count("tanh")),
+        transcendentals=pairs * _exponentials(spec),
         launches=2,
     )
     return Candidate(

@@ -21,6 +21,7 @@ from .primitives import LOG2E, load_tile, mean_of_values, tile_range, wide
 
 # ------------------------------------------------------------------------------------------------------------------------ Flags
 
+NORMALISED = tl.constexpr(True)  # a softmax makes weights of the score; without one it is the weight itself
 ONLINE = tl.constexpr(True)  # the maximum is tracked; not needed where the score is bounded
 FOLDED = tl.constexpr(True)  # the score is in units of log2: log2(e) is part of its constants
 SCALED = tl.constexpr(True)  # the score is SCALE * s
@@ -145,21 +146,25 @@ def attend(
             x = s
         else:
             x = score(s, b, h, i, j, inside, fixed, rows, cols, captures)
-        x = tl.where(visible(b, h, i, j, inside, fixed, rows, cols, captures) & inside, x, float("-inf"))
-        if ONLINE:
-            if SCALED:
-                new_peak = tl.maximum(peak, tl.max(x, 1) * SCALE)
-                p = weight(x * SCALE - new_peak[:, None])
+        seen = visible(b, h, i, j, inside, fixed, rows, cols, captures) & inside
+        x = tl.where(seen, x, float("-inf") if NORMALISED else 0.0)
+        if NORMALISED:
+            if ONLINE:
+                if SCALED:
+                    new_peak = tl.maximum(peak, tl.max(x, 1) * SCALE)
+                    p = weight(x * SCALE - new_peak[:, None])
+                else:
+                    new_peak = tl.maximum(peak, tl.max(x, 1))
+                    p = weight(x - new_peak[:, None])
+                decay = weight(peak - new_peak)
+                peak = new_peak
+                total = total * decay + tl.sum(p, 1)
+                acc = acc * decay[:, None]
             else:
-                new_peak = tl.maximum(peak, tl.max(x, 1))
-                p = weight(x - new_peak[:, None])
-            decay = weight(peak - new_peak)
-            peak = new_peak
-            total = total * decay + tl.sum(p, 1)
-            acc = acc * decay[:, None]
+                p = weight(x)
+                total = total + tl.sum(p, 1)
         else:
-            p = weight(x)
-            total = total + tl.sum(p, 1)
+            p = x
         if LATENT:
             b_v = b_k
         else:
@@ -172,15 +177,18 @@ def attend(
 @triton.jit
 def normalised(acc, total, peak):
     """The output [M, D_V] and the log-sum-exp [M] of a complete sum."""
-    lse = tl.log(total)
-    if ONLINE:
-        if FOLDED:
-            lse = lse + peak / LOG2E
-        else:
-            lse = lse + peak
-    if ZERO:
-        total = tl.where(total == 0, 1.0, total)
-    return acc / total[:, None], lse
+    lse = total
+    if NORMALISED:
+        lse = tl.log(total)
+        if ONLINE:
+            if FOLDED:
+                lse = lse + peak / LOG2E
+            else:
+                lse = lse + peak
+        if ZERO:
+            total = tl.where(total == 0, 1.0, total)
+        acc = acc / total[:, None]
+    return acc, lse
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -280,7 +288,8 @@ def combine_kernel(
         part = start + tl.arange(0, CHUNK)
         totals = tl.load(Totals + at * SPLITS + part, mask=part < SPLITS, other=0.0)  # [C]
         lines = (at * SPLITS + part)[:, None] * D_V
-        sums = tl.load(Sums + lines + d, mask=(totals != 0)[:, None] & (d < D_V), other=0.0)  # [C, D_V]
+        left = totals != 0 if NORMALISED else part < SPLITS
+        sums = tl.load(Sums + lines + d, mask=left[:, None] & (d < D_V), other=0.0)  # [C, D_V]
         if ONLINE:
             peaks = tl.load(Peaks + at * SPLITS + part, mask=part < SPLITS, other=-3.4028234663852886e38)
             new_peak = tl.maximum(peak, tl.max(peaks, 0))

@@ -210,13 +210,14 @@ def _primitives(tanh: str) -> str:
 
 def _header(variant: Variant, d_qk: int, d_v: int, dtype: str, configs: Mapping[str, Mapping[str, int]]) -> str:
     spec = variant.spec
+    weights = f"P = {'softmax over j of the score' if variant.normalised else 'the score'}, where the mask holds"
     sink = "" if variant.sink is None else f"\n    sink:   {to_text(variant.sink)}"
     sizes = ", ".join((*spec.captures, *spec.sizes)) or "none"
     tiles = "\n".join(f"    {name.lower():<9}{', '.join(f'{k}={v}' for k, v in c.items())}" for name, c in configs.items())
     return f'''"""Attention, written by effcompile.
 
     O[b,h,i,:] = sum_j P[b,h,i,j] V[b,h//g,j,:]
-    P = softmax over j of the score, where the mask holds;   s = Q[b,h,i,:] . K[b,h//g,j,:]
+    {weights};   s = Q[b,h,i,:] . K[b,h//g,j,:]
 
     score:  {to_text(variant.score)}
     mask:   {to_text(variant.mask)}{sink}
@@ -246,18 +247,22 @@ _REFERENCE = '''def reference(q, k, v<CAPTURES>):
     b, h, i, j = torch.meshgrid(*(torch.arange(n, device=q.device) for n in s.shape), indexing="ij")
     score = <SCORE>
     mask = (<MASK>).expand(s.shape)
-    x = torch.where(mask, score, float("-inf"))
-    if SINK:
-        i = i[..., :1]
-        b, h, j = b[..., :1], h[..., :1], j[..., :1]
-        sink = (s.new_zeros((*s.shape[:-1], 1)) + (<SINK>)).to(s.dtype)
-        joined = torch.cat([x, sink], -1)
+    if NORMALISED:
+        x = torch.where(mask, score, float("-inf"))
+        if SINK:
+            i = i[..., :1]
+            b, h, j = b[..., :1], h[..., :1], j[..., :1]
+            sink = (s.new_zeros((*s.shape[:-1], 1)) + (<SINK>)).to(s.dtype)
+            joined = torch.cat([x, sink], -1)
+        else:
+            joined = x
+        lse = torch.logsumexp(joined, -1)
+        p = torch.softmax(joined, -1)[..., : x.shape[-1]]
+        if ZERO:
+            p = torch.where(mask.any(-1, keepdim=True) | torch.isfinite(lse)[..., None], p, 0.0)
     else:
-        joined = x
-    lse = torch.logsumexp(joined, -1)
-    p = torch.softmax(joined, -1)[..., : x.shape[-1]]
-    if ZERO:
-        p = torch.where(mask.any(-1, keepdim=True) | torch.isfinite(lse)[..., None], p, 0.0)
+        lse = s.new_zeros(s.shape[:-1])
+        p = torch.where(mask, score, 0.0)
     if MEAN:
         p = torch.where(torch.isneginf(lse)[..., None], 1.0 / p.shape[-1], p)
     if DROPOUT:

@@ -44,6 +44,8 @@ class Variant:
         missing = sorted(self.ranks.keys() - set(self.spec.captures))
         if missing:
             raise KernelError(f"Expected loads from captures={self.spec.captures!r} but got tensor={missing[0]!r}. Capture it.")
+        if self.spec.sink is not None and not self.normalised:
+            raise KernelError(f"Expected a softmax around a sink but got normaliser={self.spec.normaliser!r}. Leave the sink out.")
 
     @cached_property
     def score(self) -> Term:
@@ -114,9 +116,16 @@ class Variant:
 
     # ------------------------------------------------------------------------------------------------------------ decisions
 
+    @property
+    def normalised(self) -> bool:
+        """Whether a softmax makes weights of the score; without one it is the weight itself."""
+        return self.spec.normaliser == "softmax"
+
     @cached_property
     def folded(self) -> bool:
         """Whether log2(e) may be multiplied into the score: nothing in it stands for minus infinity in disguise."""
+        if not self.normalised:
+            return False
         if any(abs(float(n)) > HUGE for n in self.score.atoms(sympy.Number) if n.is_finite):
             return False
         if any(type(load) is Load for level in LEVELS[1:] for load in self.loads[level] if self.score.has(load)):
@@ -134,6 +143,8 @@ class Variant:
     @cached_property
     def scale(self) -> float | None:
         """The positive factor, if the logit is a factor times s."""
+        if not self.normalised:
+            return None
         factor = self.logit / score_symbol()
         return float(factor) if factor.is_number and factor.is_positive else None
 
@@ -180,7 +191,8 @@ class Variant:
     @cached_property
     def flags(self) -> dict[str, bool]:
         return {
-            "ONLINE": not self.bounded,
+            "NORMALISED": self.normalised,
+            "ONLINE": self.normalised and not self.bounded,
             "FOLDED": self.folded,
             "SCALED": self.scale is not None and not self.bounded,
             "SLOPED": self.constant_slope is None,

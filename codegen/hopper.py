@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..ops.attention import AttentionSpec
+
 COPY_BYTES = 16  # what the tensor memory accelerator wants addresses and strides to be multiples of
 
 
@@ -43,6 +45,11 @@ def _copies(tensor: Tensor) -> bool:
 
 def _address(tensor: Tensor) -> int:
     return 0 if tensor.is_meta else tensor.data_ptr()
+
+
+def serves(spec: AttentionSpec) -> bool:
+    """Whether these kernels are written for a specification: weights of a softmax, none of them dropped."""
+    return not spec.dropout and spec.normaliser == "softmax"
 
 
 def takes(dtype: torch.dtype, arch: str) -> bool:

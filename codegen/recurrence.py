@@ -26,18 +26,17 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from ..errors import KernelError
-from ..ops.recurrence import RecurrenceSpec, empty_output, reference, reference_backward, state_shape, without_decay
+from ..ops.recurrence import RecurrenceSpec, empty_output, reference_backward, state_shape, without_decay
 from . import attention, emit
 from .attention import DTYPES, Arch
 from .launching import width_of
-from .recurrence_choices import miscompiled, product_dtype
+from .recurrence_choices import product_dtype
 from .recurrence_source import Settings
 from .recurrence_source import source as source_text
-from .trust import compared, trust
+from .recurrence_trial import tried
 
 MAX_WIDTH = 256
 
@@ -58,11 +57,19 @@ class Tile:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Tiles of the passes whose state is [Dk, Dv], the widest first, and of those whose state is [Dv, Dk]."""
+    """Tiles of the passes whose state is [Dk, Dv], the widest first, and of those whose state is [Dv, Dk].
+
+    A decay for each key or value has passes of one kind, whose state's rows it differs along, and kernels that take a chunk by
+    itself: `block` and `pairs_block` rows of the state at a time.
+    """
 
     tiles: tuple[Tile, ...]
     exchanged: tuple[Tile, ...]
     step_columns: int = 32
+    block: int = 64
+    weights_warps: int = 4
+    pairs_block: int = 32
+    pairs_warps: int = 4
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -99,9 +106,8 @@ def forward(
     if v.shape[2] == 0 or v.numel() == 0:
         return _nothing(v, operands, spec, layout)
     module = _kernels(v, x, spec, config)
-    trust(module, v.device, "forward", lambda: disagreement(module, spec, v.device, "forward"))
     v, x = _one_dtype(v, x)
-    return module.forward(v, **x, layout=layout, segments=segments)
+    return module.forward(v, **x, layout=layout, **tried(module, spec, v, x, segments=segments))
 
 
 def backward(
@@ -128,16 +134,12 @@ def backward(
     if v.shape[2] == 0 or v.numel() == 0:
         return without_decay(reference_backward(grad, grad_normaliser, grad_final, v, operands, out, spec), spec, decay)
     module = _kernels(v, x, spec, config)
-    trust(module, v.device, "backward", lambda: disagreement(module, spec, v.device, "backward"))
     same_v, same = _one_dtype(v, x)
-    found = module.backward(grad, grad_normaliser, grad_final, same_v, **same, segments=segments, weigh=decay)
+    grads = (grad, grad_normaliser, grad_final)
+    choice = tried(module, spec, same_v, same, grads=grads, decay=decay, segments=segments)
+    found = module.backward(*grads, same_v, **same, weigh=decay, **choice)
     made = [found[name] if found[name] is None else _like(found[name], like) for name, like in {"v": v, **x}.items()]
     return without_decay(made, spec, decay)
-
-
-def left_to_aten(v: Tensor, operands: Sequence[Tensor], spec: RecurrenceSpec) -> bool:
-    """Whether there are no kernels for the operands on their device, see `recurrence_choices.miscompiled`."""
-    return miscompiled(spec, product_dtype({**spec.named(operands), "v": v}), attention.architecture(v.device))
 
 
 def steps_alone(spec: RecurrenceSpec) -> bool:
@@ -158,6 +160,9 @@ def source(spec: RecurrenceSpec, problem: Problem, *, config: Config | None = No
         tiles=[tile.options() for tile in config.tiles],
         exchanged=[tile.options() for tile in config.exchanged],
         step={"BLOCK_M": config.step_columns, "num_warps": 4},
+        weights={"BLOCK": config.block, "num_warps": config.weights_warps},
+        far_weights={"BLOCK": config.block, "num_warps": 8},
+        pairs={"BLOCK": config.pairs_block, "BLOCK_M": config.block, "num_warps": config.pairs_warps},
     )
     return source_text(spec, settings)
 
@@ -169,12 +174,7 @@ def _scan() -> ModuleType:
 
 
 def _kernels(v: Tensor, x: Mapping[str, Tensor], spec: RecurrenceSpec, config: Config | None) -> ModuleType:
-    arch, dtype = attention.architecture(v.device), product_dtype({**x, "v": v})
-    if miscompiled(spec, dtype, arch):
-        raise KernelError(
-            f"Expected a decay of none or of the head for {dtype} on {arch} but got decay={spec.decay!r}, whose kernels Triton "
-            f"{triton.__version__} compiles wrongly. Pass float32 to have them generated."
-        )
+    dtype = product_dtype({**x, "v": v})
     constant = "gate" in x and all(x[name].shape[2] == 1 for name in ("gate", "rate") if name in x)
     return _module(spec, x["k"].shape[-1], v.shape[-1], dtype, v.device, constant, config, attention._directory)
 
@@ -247,7 +247,13 @@ def default_config(spec: RecurrenceSpec, problem: Problem) -> Config:
     if max(problem.d_k, problem.d_v) > MAX_WIDTH:
         raise KernelError(f"Expected head dimensions up to {MAX_WIDTH} but got d_k={problem.d_k!r}, d_v={problem.d_v!r}.")
     n, m = width_of(problem.d_k), width_of(problem.d_v)
-    tiles, exchanged = _tiles(n, m, spec, problem), _tiles(m, n, spec, problem)
+    if spec.decay in ("key", "value"):
+        rows, columns = (n, m) if spec.decay == "key" else (m, n)
+        tiles = _tiles(rows, columns, problem, weighted=True)
+        chunk = min(tile.chunk for tile in tiles)
+        block = 32 if problem.dtype == torch.float32 else 64
+        return Config(tiles=tuple(replace(tile, chunk=chunk) for tile in tiles), exchanged=(), block=block)
+    tiles, exchanged = _tiles(n, m, problem), _tiles(m, n, problem)
     if spec.decay == "head":
         exchanged = exchanged[-1:]  # the sums for the gradient of the decay take the registers of the wider tile
     chunk = min(tile.chunk for tile in (*tiles, *exchanged))  # states that are kept for that gradient are shared by passes
@@ -256,33 +262,44 @@ def default_config(spec: RecurrenceSpec, problem: Problem) -> Config:
     )
 
 
-def _tiles(rows: int, columns: int, spec: RecurrenceSpec, problem: Problem) -> tuple[Tile, ...]:
-    """Of 64 and of 32 columns, as far as there are so many: the first leave room for a second program, the last are alone."""
-    widths = sorted({min(columns, width) for width in (64, 32)}, reverse=True)
-    vector = spec.decay in ("key", "value")
-    if problem.dtype == torch.float32 or vector or rows >= 256 or (rows >= 128 and problem.arch in _FRAGMENTS):
-        widths = widths[-1:]  # [C, rows] of decays in float32 take the registers of the wider tile
-    return tuple(_tile(rows, width, problem, vector=vector, alone=width == widths[-1]) for width in widths)
+def _tiles(rows: int, columns: int, problem: Problem, *, weighted: bool = False) -> tuple[Tile, ...]:
+    """Of 64 and of 32 columns, as far as there are so many: the first leave room for a second program, the last are alone.
 
-
-def _tile(rows: int, block_m: int, problem: Problem, *, vector: bool, alone: bool) -> Tile:
-    """A state of at most 64 values a thread; the largest chunk up to 64 steps of which the shared memory holds one beside the
-    state; chunks in flight, up to three with the one at work, as they fit the shared memory or half of it.
-
-    Blackwell's loads are not pipelined: Triton 3.6 and 3.7 keep a sum that other products read in a copy that lags behind.
+    A state of 256 rows leaves no such room: wide tiles then, which compute q k^T less often, where the shared memory holds them.
     """
-    crowded = rows >= 256 or (rows >= 128 and (vector or problem.arch in _FRAGMENTS))
+    widths = sorted({min(columns, width) for width in (64, 32)}, reverse=True)
+    if problem.dtype == torch.float32 or (rows >= 128 and problem.arch in _FRAGMENTS):
+        widths = widths[-1:]
+    elif rows >= 256:
+        widths = widths[:1] if _SHARED_KB.get(problem.arch, 99) > 200 else widths[-1:]
+    return tuple(_tile(rows, width, problem, weighted=weighted, alone=width == widths[-1]) for width in widths)
+
+
+def _tile(rows: int, block_m: int, problem: Problem, *, weighted: bool, alone: bool) -> Tile:
+    """A state of at most 64 values a thread; the largest chunk up to 64 steps of which the shared memory holds one beside the
+    state; chunks in flight, up to three with the one at work, as they fit the shared memory or half of it, two wherever they fit.
+
+    `weighted`: the weights within chunks [C, C] are loaded too. Blackwell's loads are not pipelined: Triton 3.6 and 3.7 keep a sum
+    that other products read in a copy that lags behind.
+    """
+    crowded = rows >= 256 or (rows >= 128 and problem.arch in _FRAGMENTS)
     warps = 8 if crowded else max(4, rows * block_m // (32 * _STATE_A_THREAD))
-    size, room = problem.dtype.itemsize, (_SHARED_KB.get(problem.arch, 99) - _SPARE_KB) * 1024
+    size, whole = problem.dtype.itemsize, _SHARED_KB.get(problem.arch, 99)
+    room = (whole - _SPARE_KB) * 1024
     room = room if alone else room // 2
     state = rows * block_m * size
+
+    def loaded(chunk: int) -> int:
+        return chunk * (2 * rows + block_m + (chunk if weighted else 0)) * size
+
+    def scratch(chunk: int) -> int:  # of a step: what is written in the operands' dtype
+        return 0 if weighted else chunk * block_m * size
+
     chunk = 32 if problem.dtype == torch.float32 or problem.arch.startswith("gfx") else 64
-    scratch = (2 * rows if vector else block_m) * size  # of a step: what is written in the operands' dtype
-    while (
-        chunk > 16 and chunk * (2 * rows + block_m) * size + state + chunk * scratch > (_SHARED_KB.get(problem.arch, 99) - 8) * 1024
-    ):
+    while chunk > 16 and loaded(chunk) + state + scratch(chunk) > (whole - 8) * 1024:
         chunk //= 2
-    stages = max(1, min(3, (room - state - chunk * scratch) // (chunk * (2 * rows + block_m) * size)))
+    fits = (whole - 8) * 1024 - state - scratch(chunk) >= 2 * loaded(chunk)
+    stages = max(2 if fits else 1, min(3, (room - state - scratch(chunk)) // loaded(chunk)))
     if problem.arch in ("sm_100", "sm_103", "cpu") or problem.arch.startswith("gfx"):
         stages = 1
     return Tile(block_m=block_m, chunk=chunk, num_warps=warps, num_stages=stages)
@@ -294,58 +311,5 @@ def candidates(spec: RecurrenceSpec, problem: Problem) -> tuple[Config, ...]:
     found = [base]
     for changes in ({"num_stages": 1}, {"num_stages": 2}, {"num_stages": 3}, {"num_warps": 4}, {"num_warps": 8}, {"chunk": 32}):
         pair = [tuple(replace(tile, **changes) for tile in tiles) for tiles in (base.tiles, base.exchanged)]
-        found.append(Config(tiles=pair[0], exchanged=pair[1]))
+        found.append(replace(base, tiles=pair[0], exchanged=pair[1]))
     return tuple(dict.fromkeys(found))
-
-
-# ----------------------------------------------------------------------------------------------------------------------- trust
-
-_LENGTH, _HEADS = 150, 2  # two whole chunks and a part of one
-
-
-def disagreement(module: ModuleType, spec: RecurrenceSpec, device: torch.device, direction: str) -> str:
-    """Why a kernel file is not to be trusted on a device: empty if each tile gives what the reference gives, on a small problem."""
-    v, operands, grads = example(module, spec, device)
-    exact = [v.float(), *(x.float() for x in operands)]
-    x = spec.named(operands)
-    if direction == "forward":
-        wanted = dict(zip(("out", "normaliser", "final"), reference(exact[0], exact[1:], spec), strict=True))
-    else:
-        by_out, by_normaliser, by_final = [None if g is None else g.float() for g in grads]
-        found = reference_backward(by_out, by_normaliser, by_final, exact[0], exact[1:], None, spec)
-        wanted = dict(zip(("v", *spec.operands), found, strict=True))
-    for tile in range(max(len(module.TILES), len(module.EXCHANGED_TILES))):
-        for segments in (1, 2):
-            options = {"segments": segments, "tile": tile}
-            if direction == "forward":
-                got = dict(zip(wanted, module.forward(v, **x, **options), strict=True))
-            else:
-                got = module.backward(*grads, v, **x, **options)
-            why = compared(got, wanted, v.dtype, direction)
-            if why:
-                return why
-    return ""
-
-
-def example(module: ModuleType, spec: RecurrenceSpec, device: torch.device) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
-    """Operands of a small problem, and gradients of its results."""
-    d_k, d_v, dtype = module.SIZES
-    generator = torch.Generator(device="cpu").manual_seed(0)
-
-    def make(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device="cpu").to(device)
-
-    b, h, t = 1, _HEADS, _LENGTH
-    time = 1 if getattr(module, "CONSTANT_DECAY", False) else t
-    gate = {"head": (1, 1), "key": (d_k, 1), "value": (1, d_v)}.get(spec.decay, (1, 1))
-    columns = d_v + spec.normaliser
-    made = {
-        "q": make(b, h, t, d_k).mul(d_k**-0.5).to(dtype),
-        "k": make(b, h, t, d_k).to(dtype),
-        "gate": make(1, h, time, *gate).abs().mul(-0.2),
-        "rate": make(1, h, 1, 1, 1).abs(),
-        "bonus": make(1, h, 1, d_k),
-        "initial": make(b, h, d_k, columns),
-    }
-    grads = [make(b, h, t, d_v).to(spec.out_dtype), make(b, h, t) if spec.normaliser else None, make(b, h, d_k, columns)]
-    return make(b, h, t, d_v).to(dtype), [made[name] for name in spec.operands], grads

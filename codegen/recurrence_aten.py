@@ -1,4 +1,6 @@
-"""`effcompile::recurrence` with plain ATen: the CPU's implementation, and what any device falls back to.
+"""`effcompile::recurrence` on a CPU, and what any device falls back to: in C++, or with plain ATen.
+
+In C++ every form is taken step by step. In ATen, and backwards for states with many rows, which are faster so:
 
 rows    a state of one row: a scan of the output in place
 heads   one decay for a head, or none: chunks
@@ -19,6 +21,9 @@ from . import recurrence_chunks as chunks
 from . import recurrence_chunks_backward as chunks_backward
 from . import recurrence_keys as keys
 from . import recurrence_keys_backward as keys_backward
+from . import recurrence_native as native
+from . import recurrence_native_rows as native_rows
+from . import recurrence_native_steps as native_steps
 from . import recurrence_rows as rows
 from . import recurrence_step as step
 from . import recurrence_steps as steps
@@ -29,6 +34,8 @@ Form = Literal["rows", "steps", "heads", "keys"]
 
 _FEW_STEPS = 4
 """So many are soonest done step by step."""
+_FEW_ROWS, _SHORT = 64, 64
+"""Rows of the state, or steps, up to which C++ is faster backwards than chunks in ATen (both measured on AVX-512 and AVX2)."""
 _GROWTH = 60.0
 """The sum of positive log decays up to which what grows inside a chunk stays finite beside operands of ordinary size."""
 
@@ -40,6 +47,10 @@ def forward(
     x = spec.named(operands)
     if spec.has_rows and v.shape[2] == 1:
         return step.forward(v, x, spec, layout)
+    if native.supports(v):
+        compiled = (native_steps if spec.has_rows else native_rows).forward(v, x, spec, layout)
+        if compiled is not None:
+            return compiled
     form, logs = choose(v, x, spec)
     if form == "heads":
         return chunks.forward(v, x, logs, spec, layout)
@@ -56,6 +67,27 @@ def backward(
 ) -> list[torch.Tensor]:  # fmt: skip
     """The gradients of v and of each operand, in their shapes and dtypes. `out` saves work where the state is one row."""
     x = spec.named(operands)
+    found = _backward_in_cpp(grad, grad_normaliser, grad_final, v, x, out, spec) if native.supports(v) else None
+    if found is None:
+        found = _backward_in_aten(grad, grad_normaliser, grad_final, v, x, out, spec)
+    return [_as_operand(found[name], like) for name, like in (("v", v), *x.items())]
+
+
+def _backward_in_cpp(
+    grad: torch.Tensor | None, grad_normaliser: torch.Tensor | None, grad_final: torch.Tensor | None,
+    v: torch.Tensor, x: Tensors, out: torch.Tensor | None, spec: RecurrenceSpec,
+) -> dict[str, torch.Tensor] | None:  # fmt: skip
+    if not spec.has_rows:
+        return native_rows.backward(grad, grad_final, v, x, out, spec)
+    if x["k"].shape[3] > _FEW_ROWS and v.shape[2] > _SHORT and choose(v, x, spec)[0] != "steps":
+        return None
+    return native_steps.backward(grad, grad_normaliser, grad_final, v, x, spec)
+
+
+def _backward_in_aten(
+    grad: torch.Tensor | None, grad_normaliser: torch.Tensor | None, grad_final: torch.Tensor | None,
+    v: torch.Tensor, x: Tensors, out: torch.Tensor | None, spec: RecurrenceSpec,
+) -> dict[str, torch.Tensor]:  # fmt: skip
     form, logs = choose(v, x, spec)
     if form == "heads":
         found = chunks_backward.backward(grad, grad_normaliser, grad_final, v, x, logs, spec)
@@ -65,9 +97,7 @@ def backward(
         found = rows.backward(grad, grad_final, v, x, out, spec)
     else:
         found = steps.backward(grad, grad_normaliser, grad_final, v, x, spec)
-    if "logs" in found:
-        found |= _gate_gradients(found["logs"].unsqueeze(-1), x)
-    return [_as_operand(found[name], like) for name, like in (("v", v), *x.items())]
+    return found | _gate_gradients(found["logs"].unsqueeze(-1), x) if "logs" in found else found
 
 
 def _as_operand(gradient: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The implementations of a recurrence: generated kernels on a GPU, chunks in ATen on a CPU, or what stood there."""
+"""The implementations of a recurrence: generated kernels on a GPU, C++ on a CPU, or what stood there."""
 
 from __future__ import annotations
 
@@ -14,15 +14,19 @@ from torch.fx import Node
 from effcompile.builder import Builder
 from effcompile.cost_model.hardware import Hardware
 from effcompile.ir import Candidate, Match, Work
-from effcompile.ops.recurrence import RecurrenceSpec
+from effcompile.ops.recurrence import FEW_STEPS, RecurrenceSpec
 
+from . import recurrence_native as native
+from . import recurrence_native_rows as native_rows
+from . import recurrence_native_steps as native_steps
 from .implementation import Implementation, generates_for, hints_of_match, size_as_number
 
 _CHUNK = 64
 _ROW_BYTES = 4  # of a state's element, and of a gate's
-_ATEN_CALLS_PER_STEP = 1  # of a state with one row, or a decay of each element
-_ATEN_CALLS_PER_CHUNK = 4
-_ATEN_CALLS = 40
+_CPP_LAUNCHES = 25  # what calling an operation of ours costs on a CPU, in launches
+_UNROLLED = 64  # steps from which on a loop stays rolled up
+_FUSED = 10  # of an unrolled loop's small operations, as Inductor's C++ carries them out in the time of a launch
+_ATEN_PASSES = 5  # over the state, of a step
 
 
 @dataclass(frozen=True)
@@ -66,44 +70,57 @@ def implementations(match: Match, hardware: Hardware) -> list[Implementation]:
     shape = _shape(match)
     found = []
     if hardware.vendor == "cpu" or generates_for(hardware):
-        in_aten = hardware.vendor == "cpu" or miscompiled(match.spec, product_dtype(match.inputs), hardware.arch)
+        on_cpu = hardware.vendor == "cpu"
         ours = Candidate(
-            name="chunks" if in_aten else "triton",
-            kind="library" if in_aten else "generated",
-            work=_work(match, shape, in_aten=in_aten),
+            name="cpp" if on_cpu else "triton",
+            kind="generated",
+            work=_work_in_cpp(match, shape) if on_cpu else _work(match, shape),
             compute_efficiency=0.4,
-            memory_efficiency=0.6,
+            memory_efficiency=0.85 if _is_few(match, shape) else 0.6,
         )
         found.append(Implementation(candidate=ours, lower=lower))
-    own = Candidate(name="inductor", kind="inductor", work=_left(match, shape), compute_efficiency=0.7, memory_efficiency=0.9)
+    own = Candidate(
+        name="inductor", kind="inductor", work=_left(match, shape, hardware), compute_efficiency=0.7, memory_efficiency=0.9
+    )
     return [*found, Implementation(candidate=own, lower=None)]
 
 
-def miscompiled(spec: RecurrenceSpec, dtype: torch.dtype, arch: str) -> bool:
-    """Whether Triton 3.6 makes such a kernel read outside of shared memory, which ends the process's use of the GPU.
-
-    On Hopper, a product whose operands are made in the loop and not loaded ahead keeps its descriptors in uniform registers; where
-    those run out, as they do with decays by row or column in 16 bits, some are lost (seen by compute-sanitizer on an H100).
-    """
-    return arch.startswith("sm_90") and dtype != torch.float32 and spec.has_rows and spec.decay in ("key", "value")
-
-
-def _work(match: Match, shape: _Shape, *, in_aten: bool) -> Work:
+def _work(match: Match, shape: _Shape) -> Work:
     """Chunks of C steps: 4 dk dv + 2 C (dk + dv) operations a step, and each operand once (design: cost per token and head)."""
     columns = shape.b * shape.h * shape.t
-    operands = columns * (2 * shape.dk + 2 * shape.dv) * shape.bytes + shape.gates * _ROW_BYTES
+    traffic = _operand_bytes(shape)
+    if _is_few(match, shape):  # beside the kernel one for its gates, and one for what comes of its output
+        return Work(flops=6 * columns * shape.dk * shape.dv, bytes=traffic + 2 * shape.state * _ROW_BYTES, launches=3)
     if not match.spec.has_rows or match.spec.decay == "full":
-        calls = shape.t * _ATEN_CALLS_PER_STEP
-        flops = 4 * columns * shape.dk * shape.dv
-        traffic = operands + (2 * columns * shape.dk * shape.dv * _ROW_BYTES if in_aten else 0)
-    else:
-        calls = -(-shape.t // _CHUNK) * _ATEN_CALLS_PER_CHUNK
-        flops = columns * (4 * shape.dk * shape.dv + 2 * _CHUNK * (shape.dk + shape.dv))
-        traffic = operands + 2 * columns // _CHUNK * shape.dk * shape.dv * _ROW_BYTES
-    return Work(flops=flops, bytes=traffic, launches=calls + _ATEN_CALLS if in_aten else 3)
+        return Work(flops=4 * columns * shape.dk * shape.dv, bytes=traffic, launches=3)
+    flops = columns * (4 * shape.dk * shape.dv + 2 * _CHUNK * (shape.dk + shape.dv))
+    return Work(flops=flops, bytes=traffic + 2 * columns // _CHUNK * shape.dk * shape.dv * _ROW_BYTES, launches=3)
 
 
-def _left(match: Match, shape: _Shape) -> Work:
+def _work_in_cpp(match: Match, shape: _Shape) -> Work:
+    """Step by step: each element of the state once a step, its decay too where it is its own. With the update beside it, an
+    exponential takes half as long again."""
+    elements = shape.b * shape.h * shape.t * shape.dk * shape.dv
+    if shape.t == 1 and _is_few(match, shape):
+        return Work(
+            flops=6 * elements, bytes=_operand_bytes(shape) + _ATEN_PASSES * shape.state * _ROW_BYTES, launches=_CPP_LAUNCHES
+        )
+    exponentials = elements if match.spec.decay == "full" and match.spec.has_rows else shape.gates
+    return Work(
+        flops=4 * elements, bytes=_operand_bytes(shape), transcendentals=3 * exponentials // 2, launches=_CPP_LAUNCHES
+    )  # fmt: skip
+
+
+def _is_few(match: Match, shape: _Shape) -> bool:
+    """Whether each step is taken by itself, with a state that is read and written once."""
+    return bool(match.spec.has_rows and match.spec.decay != "full" and shape.t <= FEW_STEPS and "initial" in match.spec.operands)
+
+
+def _operand_bytes(shape: _Shape) -> int:
+    return shape.b * shape.h * shape.t * (2 * shape.dk + 2 * shape.dv) * shape.bytes + shape.gates * _ROW_BYTES
+
+
+def _left(match: Match, shape: _Shape, hardware: Hardware) -> Work:
     """What the recogniser says; else weights for all pairs of positions, written and read a few times."""
     if match.leaving is None:
         pairs = shape.b * shape.h * shape.t**2
@@ -111,7 +128,14 @@ def _left(match: Match, shape: _Shape) -> Work:
     hints = hints_of_match(match)
     work = match.leaving
     numbers = {name: size_as_number(getattr(work, name), hints) for name in ("flops", "bytes", "transcendentals")}
-    return replace(work, **numbers)
+    fused = hardware.vendor == "cpu" and shape.t < _UNROLLED and not _has_scans(match)
+    return replace(work, **numbers, launches=-(-work.launches // _FUSED) if fused else work.launches)
+
+
+def _has_scans(match: Match) -> bool:
+    """Whether the graph came with loops that are run step by step, by an operation of their own."""
+    scans = match.anchor.graph.find_nodes(op="call_function", target=torch.ops.higher_order.scan)
+    return any(not scan.meta.get("rolled") for scan in scans)
 
 
 def lower(
@@ -122,10 +146,22 @@ def lower(
     match: Match,
     layout: str,
 ) -> dict[str, Node]:
-    """Add a call of the semantic operation."""
+    """Add a call of the semantic operation. On a CPU, its kernels are compiled from here on, beside the rest of the graph."""
+    _prepare(match.spec, operands)
     results = builder.call(
         torch.ops.effcompile.recurrence.default,
         operands["v"], [operands[name] for name in match.spec.operands], match.spec.to_json(), layout,
     )  # fmt: skip
     wanted = {"out": 0, **{x.name: {"normaliser": 1, "final": 2}[x.name] for x in match.further.values()}}
     return {name: builder.call(operator.getitem, results, position) for name, position in wanted.items()}
+
+
+def _prepare(spec: RecurrenceSpec, operands: Mapping[str, Node]) -> None:
+    values = {name: node.meta["val"] for name, node in operands.items()}
+    v = values["v"]
+    if v.device.type != "cpu":
+        return
+    if not spec.has_rows:
+        native.compiling(native_rows.text(v.dtype, spec))
+    elif v.shape[2] != 1:
+        native.compiling(native_steps.text(v.dtype, {name: x.shape for name, x in values.items()}, spec))

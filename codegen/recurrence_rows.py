@@ -119,7 +119,11 @@ def _gate_gradients(
     change = before.mul_(d_states) if before.is_contiguous() and spec.read == "after" else before * d_states
     if spec.gate == "log":
         change.mul_(factors)
-    logs = change.movedim(0, 2).unsqueeze(-2)  # [B, H, T, 1, D]
+    return spread(change.movedim(0, 2).unsqueeze(-2), x)
+
+
+def spread(change: torch.Tensor, x: Tensors) -> dict[str, torch.Tensor]:
+    """From the gradient [B, H, T, 1, D] of the decays or their logarithms to those of gate and rate."""
     if "rate" not in x:
-        return {"gate": logs.sum_to_size(x["gate"].shape)}
-    return {"gate": (logs * x["rate"]).sum_to_size(x["gate"].shape), "rate": (logs * x["gate"]).sum_to_size(x["rate"].shape)}
+        return {"gate": change.sum_to_size(x["gate"].shape)}
+    return {"gate": (change * x["rate"]).sum_to_size(x["gate"].shape), "rate": (change * x["gate"]).sum_to_size(x["rate"].shape)}

@@ -10,13 +10,20 @@ from typing import Any
 from ..ops.recurrence import RecurrenceSpec
 from . import emit, weave
 
-FLAGS = ("GATED", "VECTOR", "RATED", "CONSTANT", "SUMMED", "BEFORE", "BONUS", "BY_VALUE", "NORMALISED", "JOINED")
-_SETTINGS = ("PRECISION", "NEAR", "OUT_DTYPE", "SAVED_DTYPE", "FEW", "TILES", "EXCHANGED_TILES", "STEP", "RUNTIME")
+FLAGS = ("GATED", "VECTOR", "RATED", "CONSTANT", "SUMMED", "BEFORE", "BONUS", "BESIDE", "BY_VALUE", "NORMALISED", "JOINED")
+_SETTINGS = (
+    "PRECISION", "NEAR", "OUT_DTYPE", "SAVED_DTYPE", "FEW", "TILES", "EXCHANGED_TILES", "WEIGHTS", "FAR_WEIGHTS", "PAIRS", "STEP", "RUNTIME"
+)  # fmt: skip
+_TEMPLATES = {"gates": "Loads", "state_kernels": "States", "hosts": "Launches", "operation": "Operation"}
+_IN_CHUNKS = {"kernels": "Chunks", "launches": "Passes"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """What a file holds beside the specification: `tiles` for a state [Dk, Dv], the widest first, and `exchanged` for [Dv, Dk].
+
+    Where the decay differs along one dimension of the state, `tiles` are for one whose rows it differs along, and there are kernels
+    that take a chunk by itself.
 
     `joined`: two products may add up in one sum. `near`: of a chunk's running sums of log2 decays, up to where it is one product.
     """
@@ -30,6 +37,9 @@ class Settings:
     tiles: Sequence[Mapping[str, int]]
     exchanged: Sequence[Mapping[str, int]]
     step: Mapping[str, int]
+    weights: Mapping[str, int]
+    far_weights: Mapping[str, int]
+    pairs: Mapping[str, int]
 
 
 def flags(spec: RecurrenceSpec, *, constant: bool) -> dict[str, bool]:
@@ -42,7 +52,8 @@ def flags(spec: RecurrenceSpec, *, constant: bool) -> dict[str, bool]:
         "CONSTANT": constant and spec.decay == "head",
         "SUMMED": spec.decay == "head" and not constant,
         "BEFORE": spec.read == "before",
-        "BONUS": "bonus" in spec.operands,
+        "BONUS": "bonus" in spec.operands and spec.decay != "value",
+        "BESIDE": "bonus" in spec.operands and spec.decay == "value",
         "BY_VALUE": spec.decay == "value",
         "NORMALISED": spec.normaliser,
     }
@@ -51,17 +62,23 @@ def flags(spec: RecurrenceSpec, *, constant: bool) -> dict[str, bool]:
 def source(spec: RecurrenceSpec, settings: Settings) -> str:
     """The text of the kernel file."""
     decided = {**flags(spec, constant=settings.constant), "JOINED": settings.joined}
-    text = "\n\n".join(_template(name, title, decided) for name, title in (("kernels", "Kernels"), ("launches", "Operation")))
-    asked = ("BY_VALUE", "NORMALISED", "VECTOR", "GATED", "SUMMED", "BEFORE")  # by host functions
+    prefix = "decayed_" if decided["VECTOR"] else ""
+    named = {**_TEMPLATES, **{prefix + name: title for name, title in _IN_CHUNKS.items()}}
+    text = "\n\n".join(_template(name, title, decided) for name, title in named.items())
+    asked = ("BY_VALUE", "NORMALISED")  # by host functions, as values
     used = {name: value for name, value in decided.items() if name in asked}
     constants = [f"{name} = {value!r}" for name, value in {**used, **_values(spec, settings)}.items()]
-    runtime = f"RUNTIME = {['T', 'CHUNKS', 'SEGMENT', 'SEGMENTS', 'SHARES']!r}"
+    runtime = next(ast.unparse(x) for x in ast.parse(emit._template("recurrence_gates.py")).body if _assigns(x, "RUNTIME"))
     limits = [f"{name} = tl.constexpr({value!r})" for name, value in _limits(spec, settings).items()]
     parts = [
         "\n".join(["LOG2E = tl.constexpr(1.4426950408889634)", *limits, runtime, *constants]), emit._primitives("tanh"),
         trim(text), emit._heading("Reference"), _reference(spec), emit._heading("Check"), _main(spec),
     ]  # fmt: skip
     return emit._file(_header(spec, settings), parts)
+
+
+def _assigns(statement: ast.stmt, name: str) -> bool:
+    return isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == name
 
 
 def _template(name: str, title: str, decided: Mapping[str, bool]) -> str:
@@ -83,6 +100,9 @@ def _values(spec: RecurrenceSpec, settings: Settings) -> dict[str, Any]:
         "FEW": 8,
         "TILES": tuple(dict(tile) for tile in settings.tiles),
         "EXCHANGED_TILES": tuple(dict(tile) for tile in settings.exchanged),
+        "WEIGHTS": dict(settings.weights),
+        "FAR_WEIGHTS": dict(settings.far_weights),
+        "PAIRS": dict(settings.pairs),
         "STEP": dict(settings.step),
         "ORDERS": {"bhtd": (0, 1, 2), "bthd": (0, 2, 1), "tbhd": (2, 0, 1)},
     }
@@ -169,7 +189,7 @@ Run this file to compare the kernels with the reference and to time them.
 
 def _reference(spec: RecurrenceSpec) -> str:
     decided = flags(spec, constant=False)
-    return weave.prune(_REFERENCE, decided)
+    return weave.prune(_REFERENCE, {**decided, "BONUS": "bonus" in spec.operands})
 
 
 _REFERENCE = '''def reference(v, q, k, *, gate=None, rate=None, bonus=None, initial=None):

@@ -43,7 +43,7 @@ def as_call(spec: AttentionSpec, *, square: bool) -> Call | None:
     Args:
         square: whether there are as many keys as queries, so that `is_causal` means `j <= i` to every backend.
     """
-    if spec.sink is not None or spec.empty == "nan" or spec.dropout:
+    if spec.sink is not None or spec.empty == "nan" or spec.dropout or spec.normaliser != "softmax":
         return None
     score, mask = from_text(spec.score), from_text(spec.mask)
     scale = sympy.diff(score, _S)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import ModuleType
 
@@ -24,14 +24,14 @@ from .attention import architecture
 LIMITS = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 """The relative error, in the L2 norm, up to which kernels on operands of a dtype agree with the reference."""
 
-_verdicts: dict[tuple[str, str, int], str] = {}  # kernel file, direction, device -> why not, or nothing
+_verdicts: dict[tuple[str, str, int], str] = {}  # kernel file, part of it, device -> why not, or nothing
 
 
-def trust(module: ModuleType, device: torch.device, direction: str, disagreement: Callable[[], str]) -> None:
+def trust(module: ModuleType, device: torch.device, what: str, disagreement: Callable[[], str]) -> None:
     """Return if a kernel file is to be trusted on a device.
 
     Args:
-        direction: "forward" or "backward", each of which is tried for itself.
+        what: the part of the file that is tried, each for itself.
         disagreement: runs the kernels on a small problem; what is wrong with the result, or nothing.
 
     Raises:
@@ -39,15 +39,15 @@ def trust(module: ModuleType, device: torch.device, direction: str, disagreement
     """
     if device.type != "cuda":
         return
-    key = (str(module.__file__), direction, device.index or 0)
+    key = (str(module.__file__), what, device.index or 0)
     if key not in _verdicts:
-        _verdicts[key] = _verdict(module, device, direction, disagreement)
+        _verdicts[key] = _verdict(module, device, what, disagreement)
     if _verdicts[key]:
         raise KernelError(_verdicts[key])
 
 
-def _verdict(module: ModuleType, device: torch.device, direction: str, disagreement: Callable[[], str]) -> str:
-    told = f"{Path(str(module.__file__)).stem} {direction} {architecture(device)} {triton.__version__}"
+def _verdict(module: ModuleType, device: torch.device, what: str, disagreement: Callable[[], str]) -> str:
+    told = f"{Path(str(module.__file__)).stem} {what} {architecture(device)} {triton.__version__}"
     path = cache_dir() / "verified" / f"{hashlib.sha256(told.encode()).hexdigest()[:24]}.txt"
     if path.exists():
         return path.read_text()
@@ -67,11 +67,16 @@ def _verdict(module: ModuleType, device: torch.device, direction: str, disagreem
     return why
 
 
-def compared(got: dict[str, Tensor], wanted: dict[str, Tensor], dtype: torch.dtype, direction: str) -> str:
-    """What is wrong with results, beside those of the reference; empty if nothing is."""
+def compared(
+    got: dict[str, Tensor], wanted: dict[str, Tensor], dtype: torch.dtype, direction: str, *, sums: Collection[str] = ()
+) -> str:
+    """What is wrong with results, beside those of the reference; empty if nothing is.
+
+    `sums`: results whose terms cancel, being summed over all time: four times the error is allowed.
+    """
     for name, value in wanted.items():
         error = _distance(got[name], value)
-        if not error <= LIMITS[dtype]:
+        if not error <= LIMITS[dtype] * (4 if name in sums else 1):
             return (
                 f"Expected {direction} kernels that agree with the reference but got {name} with error={error!r} on "
                 f"{architecture(value.device)} by Triton {triton.__version__}. Try another version."

@@ -4,8 +4,11 @@
   PreDispatch key, above autocast and autograd, where `matmul` and `softmax` are still whole.
 - `torch._ops.OpOverload._can_decompose`, `.decompose`: run a composite operator's own definition.
 - `torch.amp.autocast_mode._enter_autocast` and kin, `torch._C._set_grad_enabled`: the nodes by which Dynamo switches modes.
+- `torch._C._AutoDispatchBelowAutograd`, `torch._C._after_autograd_keyset`, `OpOverload.redispatch`: what an operator does below its
+  gradient.
 - `torch._C._autograd._get_data_attr`: what `x.data` is in a graph.
 - `torch._functorch.config.donated_buffer`: whether a backward may overwrite what the forward saved for it.
+- `torch._inductor.codecache.CppCodeCache`: compiles C++ for the machine at hand, and keeps what it compiled.
 - `torch.utils._pytree`: nested arguments, flattened.
 - `torch.utils._sympy.interp`: a symbolic size's expression as calls of `operator`.
 """
@@ -43,6 +46,8 @@ __all__ = [
     "HigherOrderOperator",
     "OpOverload",
     "PreDispatchListener",
+    "below_autograd",
+    "compile_cpp",
     "expression",
     "fake_mode_of",
     "has_unbacked",
@@ -64,6 +69,12 @@ INFERENCE_ENTER: Any = torch.autograd.grad_mode._enter_inference_mode
 INFERENCE_EXIT: Any = torch.autograd.grad_mode._exit_inference_mode
 
 Handler = Callable[[OpOverload, tuple[Any, ...], dict[str, Any]], Any]
+
+
+def below_autograd(op: OpOverload, keys: Any, *args: Any) -> Any:
+    """An operator's results from its kernel for the Autograd key, which has been given the dispatch keys of the call."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.redispatch(keys & torch._C._after_autograd_keyset, *args)  # type: ignore[attr-defined]
 
 
 class PreDispatchListener(ProxyTorchDispatchMode):
@@ -119,6 +130,19 @@ def keeping_saved_tensors() -> contextlib.AbstractContextManager[None]:
     """
     context: contextlib.AbstractContextManager[None] = torch._functorch.config.patch(donated_buffer=False)  # type: ignore[attr-defined]
     return context
+
+
+def compile_cpp(text: str, submit: Callable[..., Any]) -> Callable[[], Any]:
+    """Hand the compilation of C++ to `submit`; what is returned waits for the library, a `ctypes.CDLL`, and may raise.
+
+    Products and sums are contracted, loops are vectorised; inf and NaN keep their meaning, and sums their order.
+    """
+    from torch._inductor.codecache import CppCodeCache  # nothing else needs it, and it takes a second
+
+    found: Callable[[], Any] = CppCodeCache.load_async(
+        text, submit_fn=submit, extra_flags=("-ffp-contract=fast", "-ftree-loop-vectorize")
+    )
+    return found
 
 
 def is_composite(func: OpOverload) -> bool:

@@ -16,7 +16,7 @@ from sympy.logic.boolalg import And, Not, Or
 
 from .ops.attention import Empty
 from .ranges import Ranges
-from .terms import Load, Term, Where, is_condition
+from .terms import Load, Sigmoid, Term, Where, is_condition
 
 _MASKING = -6e4  # at most this, a fill takes a key out: its weight is exp(fill - maximum) = 0 in float32
 _MOST_PARTS = 16
@@ -59,6 +59,24 @@ def split(
     if len(fills) == 1 and (not fills[0].added or (float(fills[0].value) <= _ABSORBING and not trains)):
         return Logit(score=score, mask=mask, empty="mean")
     return Logit(score=logit, mask=sympy.true, empty="impossible")
+
+
+def split_weight(weight: Term) -> tuple[Term, Term]:
+    """A weight that no softmax follows as what it is where a key takes part, and that condition; elsewhere it is zero.
+
+    where(c, w, 0)  w * where(c, 1, 0)  sigmoid(where(c, s, -inf))  sigmoid(s + where(c, 0, finfo.min))  -> w or sigmoid(s), c
+    """
+    if isinstance(weight, Where) and sympy.S.Zero in weight.args[1:]:
+        condition, then, otherwise = weight.args
+        score, mask = split_weight(otherwise if then == 0 else then)
+        return score, And(Not(condition) if then == 0 else condition, mask)
+    if isinstance(weight, sympy.Mul):
+        scores, masks = zip(*(split_weight(factor) for factor in weight.args), strict=True)
+        return sympy.Mul(*scores), And(*masks)
+    if isinstance(weight, Sigmoid):
+        score, mask, _ = _peel(weight.args[0])
+        return (weight, sympy.true) if mask is sympy.true else (Sigmoid(score), mask)
+    return weight, sympy.true
 
 
 def _peel(logit: Term) -> tuple[Term, Term, tuple[_Fill, ...]]:

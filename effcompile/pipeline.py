@@ -36,6 +36,7 @@ from .passes.loops import Loops
 from .passes.normalize import normalize
 from .pattern import GraphView
 from .rewrite import Attempt, attempt_again, attempt_all, is_stale, replace, unmatched
+from .updates import update_in_place
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +109,10 @@ class Pipeline:
         assert self.profile is not None
         lifted = self.lift(module, example_inputs)
         self.normalize(lifted)
-        return lifted, self.recognise(lifted, self.profile, dare=dare)
+        rewritten = self.recognise(lifted, self.profile, dare=dare)
+        if rewritten:
+            self.update_in_place(lifted)
+        return lifted, rewritten
 
     @property
     def decisions(self) -> tuple[Decision, ...]:
@@ -270,6 +274,14 @@ class Pipeline:
                 log.debug("%s: %s", self.name, line)
                 inner.recompile()
         self.settle_loops(module, brought, outcomes)
+
+    def update_in_place(self, module: GraphModule) -> None:
+        """Let recurrences write to the states that they are given, where the graph copies them there."""
+        with self.timed("rewrite"):
+            updates = update_in_place(module, self.mutating)
+        for line in (*updates.made, *updates.left):
+            log.debug("%s: %s", self.name, line)
+        self.keep("in place", module)
 
     def view(self, module: GraphModule) -> GraphView:
         """What the recognisers read of a graph."""

@@ -184,7 +184,11 @@ def _pointwise(node: Node, places: Places) -> Plan:
     if any(not isinstance(x.meta.get("val"), Tensor) for x in operands):
         raise Unsupported(f"{node.name} depends on a size")
 
+    integral = _float(node) is torch.float64 and not any(_float(x) is torch.float64 for x in operands)
+
     def compute(*values: Tensor) -> Tensor:
+        if integral:  # integers of which torch makes numbers of the default dtype
+            values = tuple(x if x.dtype is torch.bool else x.double() for x in values)
         named = dict(zip(operands, values, strict=True))
         args, kwargs = map_arg((node.args, node.kwargs), lambda x: named[x])
         result: Tensor = node.target(*args, **kwargs)  # type: ignore[operator]

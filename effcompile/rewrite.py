@@ -6,6 +6,7 @@ A replacement must have the shape, dtype and strides of what it replaces, and le
 from __future__ import annotations
 
 import dataclasses
+import operator
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -146,13 +147,13 @@ def replace(match: Match, lower: Lower) -> Node:
     builder = Builder(graph, _place(match))
     copied = _copy_after(match)
     try:
-        operands = {name: _materialise(builder, operand) for name, operand in match.inputs.items()}
+        operands = {name: materialise(builder, operand) for name, operand in match.inputs.items()}
         common = len(builder.added)
         layouts = ("bthd",) if copied is not None else LAYOUTS[match.family]
         for layout in layouts:
             lowered = lower(builder, operands, match.captures, match.sizes, match, layout)
             results = {"out": lowered} if isinstance(lowered, Node) else lowered
-            result = _in_layout(builder, results["out"], match.output, match.layout)
+            result = in_layout(builder, results["out"], match.output, match.layout)
             if copied is not None or _same_strides(result, match.output):
                 break
             if layout != layouts[-1]:
@@ -189,9 +190,10 @@ def _drop_since(builder: Builder, count: int) -> None:
     del builder.added[count:]
 
 
-def _materialise(builder: Builder, operand: Operand | Computed) -> Node:
+def materialise(builder: Builder, operand: Operand | Computed) -> Node:
+    """Adds the nodes of an operand."""
     if isinstance(operand, Computed):
-        node = operand.compute(builder, [_materialise(builder, part) for part in operand.parts])
+        node = operand.compute(builder, [materialise(builder, part) for part in operand.parts])
     else:
         node = operand.base
         for target, arguments in operand.views:
@@ -205,14 +207,14 @@ def _further(builder: Builder, result: Node, original: Node, layout: tuple[Any, 
     """A further result as its own dimensions, in the original's dtype and memory order."""
     if len(result.meta["val"].shape) == 3:  # [b, h, i]
         result = builder.call(aten.unsqueeze.default, result, 3)
-    result = _in_layout(builder, result, original, layout)
+    result = in_layout(builder, result, original, layout)
     if not _same_strides(result, original):
         result = _with_strides_of(builder, result, original)
     _verify(result, original)
     return result
 
 
-def _in_layout(builder: Builder, result: Node, original: Node, layout: tuple[Any, ...]) -> Node:
+def in_layout(builder: Builder, result: Node, original: Node, layout: tuple[Any, ...]) -> Node:
     """[b, h, i, d], or [b, h, c, d], as the original's own dimensions: batch dimensions split or merged, then permuted."""
     target = original.meta["val"]
     row = _I if _I in layout else _C
@@ -319,8 +321,11 @@ def _forget_copy(swapped: Node, swap: Node, copy: Node) -> None:
 
 
 def _erase_dead(match: Match) -> None:
+    """Erases what nothing needs any more; not the results of an operation that stays, which may be given back their uses."""
+    own = {*match.interior, match.output, *match.further}
     for node in reversed(match.output.graph.nodes):
-        if (node in match.interior or node is match.output or node in match.further) and not node.users:
+        result = node.target is operator.getitem and node.args[0] not in own
+        if node in own and not node.users and not result:
             node.graph.erase_node(node)
 
 

@@ -108,8 +108,6 @@ def _recurrence_backward(
 def _recurrence_on_gpu(v: torch.Tensor, operands: Any, spec: str, layout: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     from .codegen import recurrence as kernels
 
-    if kernels.left_to_aten(v, operands, parse_recurrence(spec)):
-        return _recurrence(v, operands, spec, layout)
     with torch.cuda.device_of(v):
         return _guarded(
             lambda: kernels.forward(v, operands, parse_recurrence(spec), layout),
@@ -123,8 +121,6 @@ def _recurrence_backward_on_gpu(
 ) -> list[torch.Tensor]:
     from .codegen import recurrence as kernels
 
-    if kernels.left_to_aten(v, operands, parse_recurrence(spec)):
-        return _recurrence_backward(grad, grad_normaliser, grad_final, v, operands, out, spec, decay)
     with torch.cuda.device_of(v):
         return _guarded(
             lambda: kernels.backward(grad, grad_normaliser, grad_final, v, operands, out, parse_recurrence(spec), decay=decay),
@@ -133,8 +129,38 @@ def _recurrence_backward_on_gpu(
         )
 
 
+def _recurrence_update(
+    v: torch.Tensor, operands: Any, state: torch.Tensor, spec: str, layout: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from .codegen import recurrence_update
+
+    found = recurrence_update.on_cpu(v, operands, state, parse_recurrence(spec), layout)
+    return _copied(_recurrence, v, operands, state, spec, layout) if found is None else found
+
+
+def _recurrence_update_on_gpu(
+    v: torch.Tensor, operands: Any, state: torch.Tensor, spec: str, layout: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from .codegen import recurrence_update
+
+    with torch.cuda.device_of(v):
+        kernels = lambda: recurrence_update.on_gpu(v, operands, state, parse_recurrence(spec), layout)  # noqa: E731
+        found: tuple[torch.Tensor, torch.Tensor] | None = _guarded(kernels, lambda: None, _COPIED)
+    return _copied(_recurrence_on_gpu, v, operands, state, spec, layout) if found is None else found
+
+
+def _copied(
+    forward: Callable[..., Any], v: torch.Tensor, operands: Any, state: torch.Tensor, spec: str, layout: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What nothing updates in place: a last state of its own, copied over the initial one."""
+    out, normaliser, final = forward(v, [*operands, state], spec, layout)
+    state.copy_(final)
+    return out, normaliser
+
+
 _ATTENTION = "an attention is computed by its reference, which materialises the scores"
 _RECURRENCE = "a recurrence is computed by its reference, one step after the other"
+_COPIED = "the state of a recurrence is copied, not updated in place"
 _CHUNKS = "a recurrence is computed by torch's own operations, chunk by chunk"
 
 
@@ -168,5 +194,7 @@ def register() -> None:
     op.LIBRARY.impl("attention_backward", _attention_backward, "CUDA")
     op.LIBRARY.impl("recurrence", _recurrence, "CPU")
     op.LIBRARY.impl("recurrence_backward", _recurrence_backward, "CPU")
+    op.LIBRARY.impl("recurrence_update", _recurrence_update, "CPU")
     op.LIBRARY.impl("recurrence", _recurrence_on_gpu, "CUDA")
+    op.LIBRARY.impl("recurrence_update", _recurrence_update_on_gpu, "CUDA")
     op.LIBRARY.impl("recurrence_backward", _recurrence_backward_on_gpu, "CUDA")

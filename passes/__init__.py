@@ -13,8 +13,9 @@ from .flex import FLEX_ATTENTION
 from .parallel import PARALLEL
 from .recurrence import RECURRENCE
 from .sdpa import SCALED_DOT_PRODUCT
+from .sigmoid import SIGMOID_ATTENTION
 
-RULES: tuple[Rule, ...] = (ATTENTION, SCALED_DOT_PRODUCT, FLEX_ATTENTION, CHUNKED, RECURRENCE, PARALLEL)
+RULES: tuple[Rule, ...] = (ATTENTION, SCALED_DOT_PRODUCT, FLEX_ATTENTION, SIGMOID_ATTENTION, CHUNKED, RECURRENCE, PARALLEL)
 """The recognisers. A new architecture adds its rule here."""
 
 _EARLY, _LATE = (tuple(rule.name for rule in RULES if rule.early is early) for early in (True, False))

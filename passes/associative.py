@@ -37,6 +37,7 @@ _MOST_ENTRIES = 32  # a tree takes its leaves apart in a few places; a loop at e
 _LEVELS = 3  # of moves and arithmetic, from which on a tree is spoken of
 
 NOT_AFFINE = "its combine function is not that of a linear recurrence, (a1 * a2, a2 * b1 + b2)"
+COMPLEX = "its states are complex numbers; a recurrence has real ones"
 NOT_ALL_PREFIXES = "it combines steps as a linear recurrence does, but its results are not the recurrence's states"
 
 
@@ -132,6 +133,8 @@ def _place(block: Sequence[Node]) -> Node:
 
 def _why_not(block: Sequence[Node], sizes: Sizes) -> str:
     entering = [node for node in block if name_of(node) == ENTER_LANE]
+    if any(isinstance(x := node.meta.get("val"), torch.Tensor) and x.is_complex() for node in block):
+        return COMPLEX
     leaving = [node.args[0] for node in block if name_of(node) == LEAVE_LANE]
     body = [node for node in block if node not in entering]
     combine = _Combine(entering, body, leaving, sizes)

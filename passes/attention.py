@@ -68,15 +68,15 @@ def recognise(anchor: Node, view: GraphView) -> Match | Rejected:
 
 def _parts(anchor: Node, view: GraphView) -> Parts:
     values, side = _values_contraction(anchor)
-    coordinates = _coordinates(values, side, anchor, None)
+    coordinates = coordinates_of(values, side, anchor, None)
     try:
         return parts_in(anchor, view, values, side, coordinates)
-    except _Refold as refold:
-        coordinates = _coordinates(values, side, anchor, refold.heads)
+    except Refold as refold:
+        coordinates = coordinates_of(values, side, anchor, refold.heads)
         return parts_in(anchor, view, values, side, coordinates)
 
 
-class _Refold(Exception):
+class Refold(Exception):
     """The one batch dimension turned out to be batch times heads."""
 
     def __init__(self, heads: Term):
@@ -85,20 +85,20 @@ class _Refold(Exception):
 
 def parts_in(anchor: Node, view: GraphView, values: Contraction, side: int, at: Coordinates) -> Parts:
     """Everything of the attention whose output contraction reads in these coordinates."""
-    _check_modes(anchor, values.node, view)
+    check_modes(anchor, values.node, view)
     weights = weights_of(anchor, view, values, side, at)
     interpreter = view.interpreter(at.ranges, anchor)
     logit = interpreter.element(anchor.args[0], weights.index)
     beside = _further_logit(anchor, weights.index, at)
     sink = None if beside is None else interpreter.element(anchor.args[0], beside)
-    logit, dot, contraction = _score_contraction(logit, interpreter, anchor)
+    logit, dot, contraction = score_contraction(logit, interpreter, anchor)
     given = logit
     logit, sink = drop_shift(logit, J, lambda load: is_maximum(interpreter.loaded[load.tensor]), sink)
     shifted = logit != given
-    q, k = _query_and_key(contraction, dot, at, view, anchor)
+    q, k = query_and_key(contraction, dot, at, view, anchor)
     v_index = values.operand_index(1 - side, tuple(at.index[letter] for letter in values.out), J)
     v = candidates(values.operands[1 - side], v_index, at, view, anchor, (B, H, J, D))
-    _refold_if_folded(at, (logit, *(c[-1].index for c in (q, k, v) if c)))
+    refold_if_folded(at, (logit, *(c[-1].index for c in (q, k, v) if c)))
     q_best, k_best, v_best = choose(q, k, v, anchor)
     factor = q_best.factor * k_best.factor
     logit = logit.xreplace({dot: factor * S})
@@ -217,12 +217,14 @@ def _has_shape_of(node: Node, other: Node) -> bool:
     return isinstance(value, torch.Tensor) and tuple(value.shape) == tuple(other.meta["val"].shape)
 
 
-def _check_modes(anchor: Node, values: Node, view: GraphView) -> None:
+def check_modes(anchor: Node, values: Node, view: GraphView) -> None:
+    """Stop if a border lies between what makes weights of the scores and the contraction that takes them."""
     if view.regions.get(anchor) != view.regions.get(values):
-        raise Stop("modes", "grad mode or autocast changes between the softmax and the contraction with the values", values)
+        name = "sigmoid" if anchor.target is aten.sigmoid.default else "softmax"
+        raise Stop("modes", f"grad mode or autocast changes between the {name} and the contraction with the values", values)
 
 
-def _coordinates(values: Contraction, side: int, anchor: Node, heads: Term | None) -> Coordinates:
+def coordinates_of(values: Contraction, side: int, anchor: Node, heads: Term | None) -> Coordinates:
     """Names for the output's dimensions: the probabilities' own last dimension is i, the values' own is d, the rest batch."""
     own_rows, own_columns = values.own(side), values.own(1 - side)
     position = values.letters[side].index
@@ -289,7 +291,7 @@ def _further_logit(anchor: Node, index: Index, at: Coordinates) -> Index | None:
 # -------------------------------------------------------------------- queries, keys and values
 
 
-def _score_contraction(logit: Term, interpreter: Interpreter, anchor: Node) -> tuple[Term, Dot, Contraction]:
+def score_contraction(logit: Term, interpreter: Interpreter, anchor: Node) -> tuple[Term, Dot, Contraction]:
     """The logit as one of queries with keys, the element of that contraction, and it. Other contractions are loaded."""
     elements = [dot for found in names_of(logit, Dot).values() for dot in found]
     if not elements:
@@ -323,9 +325,10 @@ def _sides(contraction: Contraction, dot: Dot) -> tuple[int, list[Index]] | None
     return None if has_key[1 - key] or has_query[key] else (key, indices)
 
 
-def _query_and_key(
+def query_and_key(
     contraction: Contraction, dot: Dot, at: Coordinates, view: GraphView, anchor: Node
 ) -> tuple[list[Traced], list[Traced]]:
+    """The tensors that could be passed for the queries and for the keys of a score `dot`."""
     sides = _sides(contraction, dot)
     assert sides is not None
     key, indices = sides
@@ -338,7 +341,7 @@ def _query_and_key(
     return q, k
 
 
-def _refold_if_folded(at: Coordinates, terms: tuple[Any, ...]) -> None:
+def refold_if_folded(at: Coordinates, terms: tuple[Any, ...]) -> None:
     """If one batch dimension is taken apart by a constant in any expression, that constant is the number of heads."""
     if at.extents["h"] != 1 or at.extents["b"] == 1:
         return
@@ -348,7 +351,7 @@ def _refold_if_folded(at: Coordinates, terms: tuple[Any, ...]) -> None:
             found |= {x.args[1] for x in part.atoms(FloorDiv, Modulo) if x.args[0] == B}
     heads = [n for n in found if n.is_Integer and at.ranges.modulo(at.extents["b"], n) == 0]
     if heads:
-        raise _Refold(max(heads))
+        raise Refold(max(heads))
 
 
 ATTENTION = Rule(

@@ -120,7 +120,8 @@ class _Chunked:
         dead = self._check_dead([x.node for x in finals])
         output = self.output if self.length == self.merge.positions else self._unpadded()
         dead |= {self.output} - {output}
-        along: Along = "none" if "gate" not in inputs else "key" if "n" in self.roles.parts["gate"].axes else "head"
+        by_key = "gate" in self.roles.parts and "n" in self.roles.parts["gate"].axes
+        along: Along = "none" if "gate" not in inputs else "key" if by_key else "head"
         spec = RecurrenceSpec(
             operands=tuple(name for name in OPTIONAL if name in inputs), decay=along,
             out=str(output.meta["val"].dtype).removeprefix("torch."),
@@ -208,7 +209,27 @@ class _Chunked:
             gate = self._traced("gate", inner, J)[-1]
             gate = regrouped(gate, 1) if gate.has_heads and gate.group > 1 else gate
             inputs["gate"] = _changed(_lengthened(self._view(gate)), _LOGS[self.roles.form])
+        elif self.roles.constant is not None:
+            inputs["gate"] = self._constant_gate(self.roles.constant, query.node)
         return inputs
+
+    def _constant_gate(self, logs: Any, beside: Node) -> Computed:
+        """Log-decays [b, h, 1, 1, 1] that no tensor gives."""
+        order = [self.lanes.index(d) for symbol in (B, H) for d, s in self.symbols.items() if s == symbol]
+        values = logs.transpose(order).reshape([*(logs.shape[k] for k in order), *[1] * (5 - len(order))])
+        if sum(n > 1 for n in values.shape) > 1:
+            raise Stop("decay", "constant decays differ in both batch and heads", self.output)
+        along = int(values.shape[1] > 1)
+
+        def compute(builder: Builder, nodes: Any) -> Node:
+            device = nodes[0].meta["val"].device
+            parts = [
+                builder.call(aten.full.default, [1] * 5, float(x), dtype=torch.float32, device=device) for x in values.flatten()
+            ]
+            return parts[0] if len(parts) == 1 else builder.call(aten.cat.default, parts, along)
+
+        base = Operand(base=beside, shape=shape_of(beside), dtype=beside.meta["val"].dtype)
+        return Computed(parts=(base,), compute=compute, shape=tuple(map(sympy.Integer, values.shape)), dtype=torch.float32)
 
     def _depth(self) -> int:
         part = self.roles.parts["k"]
@@ -264,7 +285,7 @@ class _Chunked:
         around = self._around()
         found = []
         for node in around:
-            if any(user not in around for user in node.users) and not self._is_cut(node):
+            if any(user not in around and user is not self.output for user in node.users) and not self._is_cut(node):
                 layout = self._state_layout(node)
                 if layout is not None:
                     found.append(_Final(node, layout))

@@ -180,23 +180,48 @@ def _longer(dims: list[int], sizes: tuple[int, ...]) -> list[int]:
 
 
 def _hoist_constants(region: Region) -> None:
-    """What is computed from leaves over no positions alone is a leaf itself, where it meets the rest."""
-    timed = {leaf.node for leaf in region.leaves.values() if leaf.time is not None}
+    """What is computed from leaves over no positions is a leaf itself, where it meets positions: those of leaves, or of constants.
+
+    Of a leaf that meets them in several forms, the last of which all of these are made.
+    """
     order = [n for n in region.merge.node.graph.nodes if n in region.inside]
-    for node in order:
-        if any(x in timed for x in node.all_input_nodes):
-            timed.add(node)
-    loose = {n for n, leaf in region.leaves.items() if leaf.time is None}
-    derived = set(loose)
-    for node in order:
-        if node not in timed and any(x in derived for x in node.all_input_nodes):
-            derived.add(node)
-    kept = {x for node in order if node in timed for x in node.all_input_nodes if x in derived}
-    for node in derived - kept:
+    timed = _reached(order, {leaf.node for leaf in region.leaves.values() if leaf.time is not None})
+    loose = [n for n, leaf in region.leaves.items() if leaf.time is None]
+    derived = _reached(order, set(loose))
+    positions = [n for n in order if n not in derived and n not in timed and region.merge.length in _sizes(n)]
+    meeting = _reached(order, timed | set(positions))
+    border = {x for node in order if node in meeting for x in node.all_input_nodes if x in derived - meeting}
+    kept = {_last_before(leaf, border, [n for n in order if n in derived - meeting]) for leaf in loose}
+    behind = _reached(order, kept)
+    inner = {n for n in derived - meeting if n not in kept and n not in behind}
+    for node in inner:
         region.leaves.pop(node, None)
-    region.inside -= derived
+    region.inside -= inner | kept
     for node in kept:
         region.leaves.setdefault(node, Leaf(node, None))
+
+
+def _last_before(leaf: Node, border: set[Node], order: list[Node]) -> Node:
+    """The last node through which all of a border that a leaf reaches is computed from it."""
+    from_it = _reached(order, {leaf})
+    for node in (n for n in reversed(order) if n in from_it):
+        around = _reached([n for n in order if n is not node], {leaf})
+        if border.isdisjoint(around - {node}):
+            return node
+    return leaf
+
+
+def _reached(order: list[Node], start: set[Node]) -> set[Node]:
+    """Nodes, and those of `order` that are computed from them."""
+    found = set(start)
+    for node in order:
+        if any(x in found for x in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _sizes(node: Node) -> tuple[int, ...]:
+    return shape(node) if isinstance(node.meta.get("val"), torch.Tensor) else ()
 
 
 def ordered_leaves(region: Region, order: Mapping[Node, int]) -> list[Node]:

@@ -3,10 +3,12 @@
     exp(F) * (cumsum(x * exp(-F)) + h0), F = cumsum(g)           =  linear_scan(exp(g), x, h0)
     cumprod(a) * cumsum(b / cumprod(a))                          =  linear_scan(a, b)
     exp(F + logcumsumexp(log(x) - F)), F = cumsum(g)             =  linear_scan(exp(g), x)
+    cumsum(x), read by a contraction                             =  linear_scan(None, x)
 
 They hold in whatever way they are written, and are proved by evaluating them exactly: `prefixes` says how. Exponents are shifted as
 one likes, as long as the shift cancels. In floating point a closed form overflows where the decay over all steps leaves the range
-of exp; the recurrence does not. A cumulative sum or product by itself stays as it is.
+of exp; the recurrence does not. A cumulative product by itself stays as it is, and so does a cumulative sum that no contraction
+reads or that adds up no products of keys and values.
 """
 
 from __future__ import annotations
@@ -14,21 +16,24 @@ from __future__ import annotations
 from torch.fx import GraphModule, Node
 
 from effcompile.ir import Rejected
-from effcompile.pattern import describe
+from effcompile.pattern import CASTS, describe
+from effcompile.viewmaps import VIEWS
 
 from .exact import name_of
 from .exact_moves import CUMULATIVE
 from .exact_operations import OPERATIONS
+from .factors import contractions_with
 from .prefixes import Component, Recurrence, survey
 from .scans import written
 from .tentative import Substitution
 
+SUM = "cumulative sum"  # in the meta of a scan that stands for one
 _NEAR = 12  # operations between two cumulative ones that are looked through for a reason
 
 
 def find(module: GraphModule) -> tuple[list[Substitution], list[Rejected]]:
     """Scans in place of closed forms, not yet applied, and why what resembles one stays."""
-    found = survey(module, _has_cumulative, _is_more)
+    found = survey(module, _has_cumulative, _is_wanted)
     explained = {node for recurrence in found.found for node in recurrence.interior}
     reasons = []
     obstacles = {node: left.why for left in found.left if left.why for node in left.component.nodes}
@@ -38,19 +43,36 @@ def find(module: GraphModule) -> tuple[list[Substitution], list[Rejected]]:
             if why and (_is_weighted(node) or why in obstacles.values()):
                 reasons.append(Rejected(step="closed form", why=why, node=node))
     substitutions, refused = written(found.found, "a closed form of a recurrence", found.blocks, "closed form")
+    for scan in (scan for substitution in substitutions for scan in substitution.scans if scan.args[0] is None):
+        scan.meta[SUM] = True
     return substitutions, refused + reasons
 
 
 def _has_cumulative(component: Component) -> bool:
     names = [name_of(node) for node in component.nodes]
-    return any(name in CUMULATIVE for name in names) and any(name not in CUMULATIVE for name in names)
+    alone = all(name in CUMULATIVE for name in names)
+    return any(name in CUMULATIVE for name in names) and (not alone or any(_is_contracted(node) for node in component.nodes))
 
 
-def _is_more(recurrence: Recurrence) -> bool:
-    """Whether a recurrence is more than a cumulative sum or product."""
+def _is_wanted(recurrence: Recurrence) -> bool:
+    """Whether a recurrence is more than a cumulative sum or product, or a sum that a contraction reads."""
     operands = recurrence.operands
-    cumulative = any(name_of(node) in CUMULATIVE for node in recurrence.interior)
-    return cumulative and operands.coefficient is not None and operands.offset is not None
+    if operands.offset is None or not any(name_of(node) in CUMULATIVE for node in recurrence.interior):
+        return False
+    return operands.coefficient is not None or _is_contracted(recurrence.node)
+
+
+def _is_contracted(node: Node) -> bool:
+    """Whether a contraction reads a node, through views and casts or directly."""
+    frontier, seen = [node], {node}
+    while frontier:
+        current = frontier.pop()
+        if contractions_with(current):
+            return True
+        passed = [user for user in current.users if (user.target in VIEWS or user.target in CASTS) and user not in seen]
+        seen.update(passed)
+        frontier += passed
+    return False
 
 
 def _is_weighted(node: Node) -> bool:

@@ -24,6 +24,7 @@ from effcompile.pattern import CASTS
 from effcompile.ranges import Ranges
 from effcompile.viewmaps import Index
 
+from .constants import values_of
 from .factors import Factor, Product, aligned, constant, product
 from .specify import Stop
 
@@ -96,6 +97,8 @@ def decay_of(coefficient: Any, symbols: Index, ranges: Ranges, own: set[Any]) ->
     if not found.scale > 0:
         raise Stop("decay", f"the coefficient has the factor {found.scale}, which has no logarithm", coefficient)
     parts = [_part(f, ranges) for f in found.factors]
+    if ranges.get(symbols[0]) == (sympy.S.Zero, sympy.S.Zero):  # one step: models expand its decay before they compute it
+        parts = [_narrowed(part, own, ranges) for part in parts]
     if found.scale != 1:
         parts.append(Part("log", sympy.Float(math.log(found.scale)), ()))
     if len(parts) == 1 and parts[0].form == "log" and parts[0].factors and len(own) == 2 and own <= parts[0].factors[0].symbols:
@@ -111,8 +114,22 @@ def _part(factor: Factor, ranges: Ranges) -> Part:
     return Part("factor" if proved else "signed", sympy.S.One, (factor,))
 
 
+def _narrowed(part: Part, own: set[Any], ranges: Ranges) -> Part:
+    """A part read once along the rows or columns that it was only expanded to, whatever was computed of it there."""
+    factors = []
+    for factor in part.factors:
+        spread = own & factor.symbols
+        if spread:
+            spread -= Interpreter(ranges).element(factor.node, factor.index).free_symbols
+        factors.append(Factor(factor.node, tuple(term.xreplace(dict.fromkeys(spread, sympy.S.Zero)) for term in factor.index)))
+    return Part(part.form, part.scale, tuple(factors))
+
+
 def _is_bounded_below(factor: Factor, ranges: Ranges) -> bool:
-    """Whether a factor's index expression is at least zero: 1 - 2^(-5-h) is."""
+    """Whether a factor is known to be at least zero, by its elements or its index expression: 1 - 2^(-5-h) is."""
+    known = values_of(factor.node)
+    if known is not None:
+        return bool((known >= 0).all())
     term = Interpreter(ranges).element(factor.node, factor.index)
     bounds = {s: ranges.get(s) for s in term.free_symbols if ranges.get(s) is not None}
     low = interval(term, bounds)[0]  # type: ignore[arg-type]

@@ -161,6 +161,22 @@ def contraction(node: Node) -> Contraction | None:
     return contraction_of(node) if len(node.args) == 2 else None
 
 
+def contractions_with(operand: Node) -> list[Node]:
+    """The contractions that take a node: products of matrices, and sums of element-wise products with it."""
+    found = []
+    for user in operand.users:
+        found += [x for x in (sums_of(user) if user.target is aten.mul.Tensor else [user]) if contraction(x) is not None]
+    return found
+
+
+def sums_of(product: Node) -> list[Node]:
+    """What uses a product, directly or through casts."""
+    found: list[Node] = []
+    for user in product.users:
+        found += sums_of(user) if user.target in CASTS else [user]
+    return found
+
+
 def _summed_product(node: Node) -> Contraction | None:
     source = node.args[0]
     while isinstance(source, Node) and source.target in CASTS:

@@ -17,7 +17,7 @@ from effcompile.ir import Rejected
 from effcompile.pattern import GraphView
 from effcompile.unrolled import Loop
 
-from . import associative, closed_forms, dissect
+from . import associative, closed_forms, dissect, single_steps
 from .reroll import LEAST_STEPS, Rerolled, Rolled, reroll
 from .tentative import Substitution, rejection
 
@@ -27,6 +27,7 @@ SOURCES: tuple[Source, ...] = (
     lambda module, view: associative.find(module),
     lambda module, view: closed_forms.find(module),
     dissect.find,
+    lambda module, view: single_steps.find(module),
 )
 """What is brought to `linear_scan`, in the order in which it is tried. A new source adds its function here."""
 

@@ -21,7 +21,8 @@ from .sites import Site
 
 LINEAR_SCAN = torch.ops.effcompile.linear_scan.default
 
-Leaves = tuple[Any, Counter[Factor]]
+Leaves = tuple[Any, Counter[Any]]
+_OPAQUE = (torch.ops.aten.exp.default, torch.ops.aten.sigmoid.default)  # functions by which decays are made
 
 
 def normaliser_of(site: Site, read: Read, keys: Sequence[Factor], column: Any) -> Read | None:
@@ -55,8 +56,8 @@ def _read_of(other: Site, site: Site, read: Read, keys: Sequence[Factor], rows: 
 
     alike = (
         total.before == read.before and total.beside is None and renamed[total.summed] is read.summed
-        and _leaves([_renamed(total.query, renamed)], site) == _leaves([read.query], site)
-        and _leaves([_renamed(Factor(other.offset, other.index), renamed)], site) == _leaves(keys, site)
+        and leaves([_renamed(total.query, renamed)], site) == leaves([read.query], site)
+        and leaves([_renamed(Factor(other.offset, other.index), renamed)], site) == leaves(keys, site)
         and _decays(other, renamed, site) == _decays(site, {}, site)
     )  # fmt: skip
     if not alike:
@@ -71,19 +72,28 @@ def _decays(own: Site, renamed: dict[Any, Any], site: Site) -> Leaves | None:
     if own.coefficient is None:
         return None
     factor = aligned(own.coefficient, own.symbols)
-    return _leaves([_renamed(factor, renamed)], site)
+    return leaves([_renamed(factor, renamed)], site)
 
 
 def _renamed(factor: Factor, renamed: dict[Any, Any]) -> Factor:
     return Factor(factor.node, tuple(term.xreplace(renamed) for term in factor.index))
 
 
-def _leaves(factors: Sequence[Factor], site: Site) -> Leaves:
-    """A product, taken apart as far as it goes."""
+def leaves(factors: Sequence[Factor], site: Site) -> Leaves:
+    """A product, taken apart as far as it goes; equal for equal products, however often their factors are computed."""
     scale: Any = sympy.S.One
-    found: Counter[Factor] = Counter()
+    found: Counter[Any] = Counter()
     for factor in factors:
         parts = product(factor, site.ranges, lambda f: True)
         scale = scale * parts.scale
-        found.update(parts.factors)
+        found.update(_inside(part, site) for part in parts.factors)
     return scale, found
+
+
+def _inside(factor: Factor, site: Site) -> Any:
+    """A factor, or the function that it is and what it is one of."""
+    node = factor.node
+    if node.target not in _OPAQUE:
+        return factor
+    scale, inner = leaves([Factor(node.args[0], factor.index)], site)  # type: ignore[arg-type]
+    return node.target, scale, frozenset(inner.items())

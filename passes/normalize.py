@@ -5,6 +5,7 @@ exp(x - logsumexp(x))                   ->  softmax(x)        reshape, _unsafe_v
 exp(log_softmax(x))                     ->  softmax(x)        detach(copy(constant)) ->  constant
 (exp(x) @ v) / sum(exp(x))              ->  softmax(x) @ v
 dropout(x, p, training=False)           ->  x                 x + 0 (integers)     ->  x
+einsum of several                       ->  einsums of two
 sqrt(full([], 64))                      ->  full([], 8)       (single numbers; larger constants are read as index expressions)
 """
 
@@ -20,6 +21,7 @@ from torch.fx.node import map_arg
 
 from effcompile.builder import Builder, erase_with_inputs, escapes, is_pure
 
+from .einsums import pairwise
 from .handwritten import VIEWS as _VIEWS
 from .handwritten import softmax_of_exponential, softmax_of_product, softmax_of_quotient
 from .rearrange import rearrange
@@ -145,6 +147,7 @@ REWRITES: dict[Any, tuple[Rewrite, ...]] = {
     aten.cat.default: (_cat_with_empty,),
     aten.add.Tensor: (_added_zero,),
     aten.dropout.default: (_inactive_dropout,),
+    aten.einsum.default: (pairwise,),
     **dict.fromkeys(_VIEWS, (_as_view,)),
     **dict.fromkeys(_COPIES, (_constant_copy,)),
 }

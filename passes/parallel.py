@@ -8,6 +8,7 @@ their sums stays as it is: the sums are the operation's second result.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, replace
 
 import sympy
@@ -29,6 +30,8 @@ from effcompile.viewmaps import VIEWS, Index, broadcast, is_float, shape_of
 
 from .attention import SOFTMAXES, batch_index
 from .compose import Composer
+from .reads import origin
+from .row_maxima import RowMaximum, row_maximum, without_maximum
 from .rows import RowSum, check_movable, division_of, moved_behind, postpone, row_sums, undetached
 from .specify import B, Coordinates, D, H, I, J, Stop, candidates, with_depth
 from .weighting import Decay, U, decay_of, power_of
@@ -37,6 +40,7 @@ aten = torch.ops.aten
 
 CONTRACTIONS = frozenset({aten.matmul.default, aten.bmm.default, aten.einsum.default, aten.baddbmm.default})
 _REDUCTIONS = (aten.sum.dim_IntList, aten.amax.default, aten.max.dim, aten.logsumexp.default)
+_PASSED = (operator.getitem, aten.detach.default)
 _EXTENDING = (aten.cat.default, aten.pad.default, aten.constant_pad_nd.default)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MOST_STEPS = 60  # back from the weights to the scores
@@ -151,11 +155,15 @@ class _Reading:
         q, k = self._factors(contraction, dot)
         weight = self.interpreter.element(source, self.index)
         decay = decay_of(weight, dot, self.interpreter, q.exponent + k.exponent, self.anchor)
-        self._check(decay, contraction.node)
-        decay = replace(decay, rows=decay.rows * q.scale * k.scale)
-        inputs = self._inputs(decay, q, k, normalised=bool(sums))
-        self._check_dead(contraction.node, source, sums)
+        maximum = row_maximum(decay.row, source, self.interpreter)
+        self._check(decay if maximum is None else replace(decay, row=decay.row + maximum.load), contraction.node)
+        self._check_dead(contraction.node, source, sums, maximum)
         check_movable([x.node for x in sums], self.anchor, self.view)
+        decay = replace(decay, rows=decay.rows * q.scale * k.scale)
+        if maximum is not None:
+            composer = Composer(self.view, self.anchor, self.inner, self.terms, contraction.node)
+            decay = without_maximum(decay, maximum, dot, self.terms, composer)
+        inputs = self._inputs(decay, q, k, normalised=bool(sums))
         output = self.anchor if division is None else moved_behind(division, self.values, self.side, self.view)
         summed = [undetached(x, self.view) for x in sums]
         postpone(summed, output, self.view)
@@ -299,7 +307,7 @@ class _Reading:
 
     # ---------------------------------------------------------------- the match
 
-    def _check_dead(self, scores: Node, weights: Node, sums: list[RowSum]) -> None:
+    def _check_dead(self, scores: Node, weights: Node, sums: list[RowSum], maximum: RowMaximum | None) -> None:
         """Scores and weights must vanish, and no gradient be cut before they do."""
         dead = self.view.dead_without(self.anchor, *(x.node for x in sums))
         for node, what in ((weights, "weights"), (scores, "scores")):
@@ -308,7 +316,8 @@ class _Reading:
                 raise Stop("uses", f"the {what} are also used by {describe(user) if user else 'something else'}", node)
         for node in dead:
             cut = node.target is aten.detach.default and self.view.needs_gradient(node.args[0], self.anchor)  # type: ignore[arg-type]
-            if cut and not any(x.detached and x.node in node.users for x in sums):
+            taken_off = maximum is not None and origin(node) is maximum.node
+            if cut and not taken_off and not any(x.detached and x.node in node.users for x in sums):
                 raise Stop("gradient", "the gradient is cut within the recurrence", node)
 
     def _match(self, decay: Decay, inputs: dict[str, Operand | Computed], output: Node, sums: list[Node]) -> Match:
@@ -385,7 +394,7 @@ def _has_inputs(node: Node) -> bool:
 
 def _is_square_sum(node: Node) -> bool:
     """Whether a node is computed from a reduction of a tensor over both positions."""
-    while node.target in VIEWS or node.target in CASTS or node.target in ARITHMETIC:
+    while node.target in VIEWS or node.target in CASTS or node.target in ARITHMETIC or node.target in _PASSED:
         node = node.all_input_nodes[0]
     return node.target in _REDUCTIONS and _is_square(node.all_input_nodes[0])
 

@@ -21,7 +21,7 @@ from effcompile.ranges import Ranges
 from effcompile.terms import FloorDiv, Modulo, Term, integer_symbol
 from effcompile.viewmaps import VIEWS, Index, broadcast, shape_of, view_source
 
-from .factors import Factor, constant, contraction
+from .factors import Factor, constant, contraction, sums_of
 
 aten = torch.ops.aten
 
@@ -87,7 +87,7 @@ def reads_of(states: Node, initial: Any, symbols: Index, ranges: Ranges) -> Read
 
 
 def _classify(user: Node, operand: Node, states: Node, found: Reads, symbols: Index, ranges: Ranges) -> None:
-    candidates = [user] if user.target is not aten.mul.Tensor else _sums(user)
+    candidates = [user] if user.target is not aten.mul.Tensor else sums_of(user)
     for node in candidates:
         taken = contraction(node)
         read = None if taken is None else _read(taken, operand, states, found, symbols, ranges)
@@ -99,19 +99,13 @@ def _classify(user: Node, operand: Node, states: Node, found: Reads, symbols: In
         found.whole.append(user)
 
 
-def _sums(product: Node) -> list[Node]:
-    """The sums that use a product, directly or through casts."""
-    found: list[Node] = []
-    for user in product.users:
-        found += _sums(user) if user.target in CASTS else [user]
-    return found
-
-
 def _last(node: Node, states: Node, symbols: Index, ranges: Ranges) -> Index | None:
     """The index of a view of `states[-1]`, in the states' own symbols; None if it is not that."""
     steps = ranges.get(symbols[0])[1] + 1  # type: ignore[index]
-    if not steps.is_Integer or steps == 1:
+    if not steps.is_Integer:
         return None
+    if steps == 1 and (node.target is not aten.select.int or node.args != (states, 0, -1)):
+        return None  # all views are of the last state: the one that is spelled so
     letters, local = [], Ranges({})
     for k, size in enumerate(shape_of(node)):
         letters.append(integer_symbol(f"l_{k}") if size != 1 else sympy.S.Zero)

@@ -22,10 +22,12 @@ from effcompile.pattern import GraphView, describe
 from effcompile.terms import Term
 from effcompile.viewmaps import Index, shape_of
 
+from .closed_forms import SUM
 from .decays import Decay, decay_of
-from .factors import Factor, Mixed, aligned, product
-from .normalisers import normaliser_of
+from .factors import Factor, Mixed, Product, aligned, product
+from .normalisers import leaves, normaliser_of
 from .reads import Read
+from .single_steps import STEP
 from .sites import Axes, B, C, D, H, I, Site
 from .specify import Stop
 
@@ -41,9 +43,23 @@ def recognise(anchor: Node, view: GraphView) -> Match | Rejected:
         site = Site(anchor, view)
         if _is_normaliser(site):
             return Rejected(step="anchor", why="it is the normaliser of another recurrence", node=anchor)
-        return _matrix(site) or _elements(site)
+        match = _matrix(site)
+        if STEP in anchor.meta:
+            return _checked_step(site, match)
+        return match or _elements(site)
     except Stop as stop:
         return stop.rejected
+
+
+def _checked_step(site: Site, match: Match | None) -> Match:
+    """The match of a step by itself, if its kernel can write to the memory of the state."""
+    if match is None:
+        raise Stop("reads", "one step of a state that no product writes and reads is one pass over it as it is", site.anchor)
+    if match.trains:
+        raise Stop("uses", "a gradient needs the state that one step of a recurrence overwrites", site.anchor)
+    if match.spec.decay == "full":
+        raise Stop("decay", "one step with a decay for each element of the state would write a state of its own", site.anchor)
+    return match
 
 
 def _is_normaliser(site: Site) -> bool:
@@ -70,15 +86,19 @@ def _matrix(site: Site) -> Match | None:
     if site.reads.whole or len(site.reads.contractions) != 1:
         return None
     read = site.reads.contractions[0]
-    if read.index.count(I) != 1:
+    if read.index.count(I) != 1 and STEP not in site.anchor.meta:
         return None
     column = _column(site, read)
+    if column is None and SUM in site.anchor.meta:
+        return None
     own = {read.summed, column} - {None}
 
     def is_mixed(factor: Factor) -> bool:
         return own <= factor.symbols if len(own) == 2 else False
 
     written = product(Factor(site.offset, site.index), site.ranges, is_mixed)
+    between = _written_before_decay(site, read, written, is_mixed)
+    written = between or written
     keys = [f for f in written.factors if read.summed in f.symbols]
     values = [f for f in written.factors if read.summed not in f.symbols]
     if not keys or any(is_mixed(f) for f in keys):
@@ -87,7 +107,7 @@ def _matrix(site: Site) -> Match | None:
     if set(batch) | own != {x for x in site.symbols[1:] if site.size(x) != 1} | own:
         return None
     axes = Axes(site, batch, read.summed, column)
-    total = normaliser_of(site, read, [f for f in written.factors if column not in f.symbols], column)
+    total = None if between else normaliser_of(site, read, [f for f in written.factors if column not in f.symbols], column)
     if total is not None:  # what depends on neither is written with the keys
         keys, values = ([f for f in written.factors if (column in f.symbols) == own_column] for own_column in (False, True))
     decay = decay_of(site.coefficient, site.symbols, site.ranges, own)
@@ -97,9 +117,11 @@ def _matrix(site: Site) -> Match | None:
         "k": axes.operand(keys, axes.roles(B, H, I, C), "key", written.scale, full=(B, I, C), grouped=True),
     }
     inputs |= _decay_operands(decay, axes)
+    if between:
+        inputs["gate"] = _one_step_late(inputs["gate"], axes)
     if decay.signed:
         inputs |= _with_signs(decay.signed, inputs, axes, site)
-    bonus = _bonus(site, read, written.factors, axes, is_mixed)
+    bonus = None if between else _bonus(site, read, written.factors, axes, is_mixed)
     if bonus is not None:
         inputs["bonus"] = bonus
     initial = site.initial_factor()
@@ -107,7 +129,7 @@ def _matrix(site: Site) -> Match | None:
         inputs["initial"] = axes.operand(
             [initial], axes.roles(B, H, C, D), "initial state", full=(B, H, C, D), dtype=_state_dtype(site)
         )
-    spec = _spec(inputs, "before" if read.before else "after", read.node)
+    spec = _spec(inputs, "before" if read.before and not between else "after", read.node)
     further = {node: Result(name="final", layout=axes.at(index)) for node, index in site.reads.last.items() if node.users}
     if total is not None and not further and spec.can_normalise:
         spec = replace(spec, normaliser=True)
@@ -180,6 +202,35 @@ def _with_signs(signed: Sequence[Factor], inputs: dict[str, Any], axes: Axes, si
     return found
 
 
+def _written_before_decay(site: Site, read: Read, written: Product, is_mixed: Mixed) -> Product | None:
+    """What is written to R_t = c_t * (R_{t-1} + x_t) that is read as R_{t-1} + x_t: x, for S_t = c_{t-1} * S_{t-1} + x_t."""
+    if not read.before or read.beside is None or site.coefficient is None:
+        return None
+    beside = product(read.beside, site.ranges, is_mixed)
+    decay = aligned(site.coefficient, site.symbols)
+    scale, factors = leaves([decay, *beside.factors], site)
+    if (scale * beside.scale, factors) != leaves([Factor(site.offset, site.index)], site):
+        return None
+    if any(node.users for node in site.reads.last):
+        raise Stop("reads", "the last state is asked for after a decay that the states before it were read without", site.anchor)
+    return beside
+
+
+def _one_step_late(gate: Operand | Computed, axes: Axes) -> Computed:
+    """Log-decays [b, h, t, k, v] of the step before; the first is 0."""
+    steps = axes.extents[I]
+    length = axes.concrete(steps)
+    parts = gate.parts if isinstance(gate, Computed) else (gate,)
+
+    def compute(builder: Any, nodes: Sequence[Node]) -> Node:
+        node = gate.compute(builder, nodes) if isinstance(gate, Computed) else nodes[0]
+        node = builder.call(aten.expand.default, node, [-1, -1, length, -1, -1])
+        first, rest = (builder.call(aten.slice.Tensor, node, 2, 0, end) for end in (1, -1))
+        return builder.call(aten.cat.default, [builder.call(aten.zeros_like.default, first), rest], 2)
+
+    return Computed(parts=parts, compute=compute, shape=(*gate.shape[:2], steps, *gate.shape[3:]), dtype=gate.dtype)
+
+
 def _bonus(site: Site, read: Read, written: Sequence[Factor], axes: Axes, is_mixed: Mixed) -> Operand | Computed | None:
     """`u` of q . (S + u * k v^T)."""
     if read.beside is None:
@@ -202,6 +253,8 @@ def _bonus(site: Site, read: Read, written: Sequence[Factor], axes: Axes, is_mix
 
 def _elements(site: Site) -> Match:
     """The recurrence of a vector whose states are asked for as they are."""
+    if SUM in site.anchor.meta:
+        raise _left_as_sum(site)
     _check_kept(site)
     sizes = {x: site.size(x) for x in site.symbols[1:]}
     own = [x for x in site.symbols[1:] if sizes[x] != 1]
@@ -227,6 +280,21 @@ def _elements(site: Site) -> Match:
         out=str(site.anchor.meta["val"].dtype).removeprefix("torch."),
     )  # fmt: skip
     return _match(site, spec, inputs, site.anchor, axes.at(site.symbols), {}, matrix=False)
+
+
+def _left_as_sum(site: Site) -> Stop:
+    """Why a cumulative sum that a contraction reads is none of products of keys and values."""
+    user = next(iter(site.reads.whole), None)
+    if user is None or not _written_by_columns(site):
+        return Stop("anchor", "a cumulative sum of elements stays as it is", site.anchor)
+    return Stop("reads", f"its states of all steps are also used by {describe(user)}", user)
+
+
+def _written_by_columns(site: Site) -> Product | None:
+    """What a state is written by, if it is a product of what differs along some of its dimensions and of what does along others."""
+    whole = _symbols_of(site.index)
+    found = product(Factor(site.offset, site.index), site.ranges, lambda f: f.symbols == whole)
+    return found if len(found.factors) > 1 and all(f.symbols != whole for f in found.factors) else None
 
 
 def _check_kept(site: Site) -> None:
@@ -290,9 +358,24 @@ def _match(
 
 
 def _leaving(site: Site) -> Work:
-    """One step after the other: a few small operations each, which read and write the state."""
+    """One step after the other: a few small operations each, which read and write the state.
+
+    A step by itself is one kernel of Inductor's if what is read is a sum along the state's dense dimension. Across it, or by a
+    product of matrices, that is a kernel of its own, which reads the state once more.
+    """
+    if STEP in site.anchor.meta:
+        state = sympy.Mul(*site.shape[1:])
+        apart = not _is_summed_densely(site)
+        return Work(flops=6 * state, bytes=(12 if apart else 8) * state, launches=2 if apart else 1)
     steps, state = site.shape[0], sympy.Mul(*site.shape[1:])
     return Work(flops=4 * steps * state, bytes=12 * steps * state, launches=_count(steps) * 3)
+
+
+def _is_summed_densely(site: Site) -> bool:
+    read = next(iter(site.reads.contractions), None)
+    if read is None or read.node.target is not aten.sum.dim_IntList or not isinstance(site.initial, Node):
+        return False
+    return bool(site.initial.meta["val"].stride(site.symbols.index(read.summed) - 1) == 1)
 
 
 def _count(steps: Term) -> int:

@@ -11,8 +11,8 @@ and at positions around the borders of chunks. What a leaf's dimension has to do
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -65,12 +65,22 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Roles:
-    """A proved proposal. `column` is the result's dimension that is v's own; `factor` a constant before q."""
+    """A proved proposal. `column` is the result's dimension that is v's own; `factor` a constant before q.
+
+    `constant` are log-decays that no leaf gives, over the result's dimensions but positions and column; of size 1 where they do not
+    differ.
+    """
 
     parts: Mapping[Role, Part]
     form: Form
     column: int
     factor: float
+    constant: np.ndarray[Any, Any] | None = None
+
+    @property
+    def decays(self) -> bool:
+        """Whether there is a decay."""
+        return "gate" in self.parts or self.constant is not None
 
 
 class Prover:
@@ -103,11 +113,43 @@ class Prover:
             return self._proved(proposal, parts, column)
 
     def _proved(self, proposal: str, parts: Mapping[Role, Part], column: int) -> Roles:
-        for form in _FORMS if "gate" in parts else _FORMS[:1]:
-            factor = self._agrees(Roles(parts=parts, form=form, column=column, factor=0.0))
+        for roles in self._candidates(parts, column):
+            factor = self._agrees(roles)
             if factor is not None:
-                return Roles(parts=parts, form=form, column=column, factor=factor)
+                return replace(roles, factor=factor)
         raise Unproved(f"the result is not the recurrence of {proposal}")
+
+    def _candidates(self, parts: Mapping[Role, Part], column: int) -> Iterator[Roles]:
+        for form in _FORMS if "gate" in parts else _FORMS[:1]:
+            yield Roles(parts=parts, form=form, column=column, factor=0.0)
+        if "gate" not in parts:
+            constant = self._measured(column)
+            if constant is not None:
+                differing = [d for d, n in zip(self._lane_dims(column), constant.shape, strict=True) if n > 1]
+                self.places = tuple(np.arange(self.sizes[d]) if d in differing else p for d, p in enumerate(self.places))
+                yield Roles(parts=parts, form="log", column=column, factor=0.0, constant=constant)
+
+    def _lane_dims(self, column: int) -> list[int]:
+        return [dim for dim in range(len(self.sizes)) if dim not in (self.merge.dim, column)]
+
+    def _measured(self, column: int) -> np.ndarray[Any, Any] | None:
+        """The log-decay from the first position to the second, for each lane: with ones for all leaves, 1 + decay over 1."""
+        lanes = self._lane_dims(column)
+        places = tuple(
+            np.arange(n) if dim in lanes else np.arange(2) if dim == self.merge.dim else np.array([0])
+            for dim, n in enumerate(self.sizes)
+        )
+        probe = self._probe({self.merge.node: places})
+        ones = {n: torch.ones([len(p) for p in probe.places[n]], dtype=torch.float64) for n in self.leaves if n in probe.places}
+        result = probe.run(ones)[self.merge.node].select(column, 0).movedim(self.merge.dim - (self.merge.dim > column), 0)
+        decays = result[1] / result[0] - 1
+        if not (decays.isfinite() & (decays > 0)).all():
+            return None
+        logs = decays.log().numpy()
+        for axis in range(logs.ndim):
+            first = logs.take([0], axis)
+            logs = first if np.allclose(logs, first, rtol=_TOLERANCE, atol=_ROUNDING) else logs
+        return np.asarray(logs)
 
     # ---------------------------------------------------------------- places and values
 
@@ -173,6 +215,11 @@ class Prover:
         ]
         return self._assigned(dependences, leaves, float(result[base].detach()), position)
 
+    def _weights(self) -> Node | None:
+        """A leaf that may be weights of positions for positions of a chunk."""
+        loose = (leaf.node for leaf in self.region.leaves.values() if leaf.time is None)
+        return next((n for n in loose if shape(n).count(self.merge.length) > 1), None)
+
     def _somewhere(self) -> int:
         """The last but one of the positions that leaves have too."""
         positions = self._positions()
@@ -190,7 +237,7 @@ class Prover:
     ) -> tuple[str, dict[Role, Part], int]:
         parts: dict[Role, Part] = {}
         for x in dependences:
-            x.check_causal(position)
+            x.check_causal(position, self._weights())
         queries = [x for x in dependences if x.leaf.time is not None and x.is_now(position) and x.is_linear(leaves, value)]
         if len(queries) != 1:
             raise Unproved(f"{len(queries)} tensors are read at the position of the result alone")
@@ -236,14 +283,14 @@ class Prover:
     def _recurrence(self, roles: Roles, probe: Probe, values: Mapping[Node, Tensor]) -> tuple[Tensor, Tensor]:
         """[*lanes, positions, columns]: the recurrence's output at the places of the result, and that of absolute values."""
         rows = self.places[self.merge.dim][self.places[self.merge.dim] < self.length]
-        lanes: list[Axis] = [dim for dim in range(len(self.sizes)) if dim not in (self.merge.dim, roles.column)]
+        lanes: list[Axis] = [*self._lane_dims(roles.column)]
         positions = np.arange(int(rows.max()) + 1)
         v = self._aligned(roles.parts["v"], probe, values, [*lanes, "t", roles.column], positions)
         q = self._aligned(roles.parts["q"], probe, values, [*lanes, "t", "n"], rows)
         k = self._aligned(roles.parts["k"], probe, values, [*lanes, "t", "n"], positions)
         later = torch.from_numpy(positions > rows[:, None])[..., None]
         decay = torch.zeros(1, dtype=torch.float64)
-        if "gate" in roles.parts:
+        if roles.decays:
             total = self._logs(roles, probe, values, lanes, positions).cumsum(-2)
             decay = total[..., torch.from_numpy(rows), None, :] - total[..., None, :, :]
         decay = decay.masked_fill(later, -torch.inf).exp()
@@ -256,13 +303,16 @@ class Prover:
 
     def is_final(self, node: Node, axes: Sequence[Axis], roles: Roles) -> bool:
         """Whether a node, its dimensions read so, is the state after the last position."""
-        with torch.no_grad(), torch.device("cpu"):
-            return self._is_final(node, axes, roles)
+        try:
+            with torch.no_grad(), torch.device("cpu"):
+                return self._is_final(node, axes, roles)
+        except Unproved:  # it does not depend on all positions
+            return False
 
     def _is_final(self, node: Node, axes: Sequence[Axis], roles: Roles) -> bool:
         wanted = tuple(np.arange(n) if axis == "n" else self.places[int(axis)] for axis, n in zip(axes, shape(node), strict=True))
         probe = self._probe({node: wanted})
-        lanes: list[Axis] = [dim for dim in range(len(self.sizes)) if dim not in (self.merge.dim, roles.column)]
+        lanes: list[Axis] = [*self._lane_dims(roles.column)]
         gates = [self.leaf(roles.parts["gate"])] if "gate" in roles.parts else []
         positions = np.arange(self.length)
         for magnitude in _MAGNITUDES:
@@ -272,7 +322,7 @@ class Prover:
             state = state.permute([list(axes).index(axis) for axis in order])
             v = self._aligned(roles.parts["v"], probe, values, [*lanes, "t", roles.column], positions)
             k = self._aligned(roles.parts["k"], probe, values, [*lanes, "t", "n"], positions)
-            if gates:
+            if roles.decays:
                 total = self._logs(roles, probe, values, lanes, positions).cumsum(-2)
                 k = k * (total[..., -1:, :] - total).exp()
             expected = k.mT @ v
@@ -284,6 +334,10 @@ class Prover:
         self, roles: Roles, probe: Probe, values: Mapping[Node, Tensor], lanes: Sequence[Axis], positions: np.ndarray[Any, Any]
     ) -> Tensor:
         """The log-decays [*lanes, positions, depth or 1]."""
+        if roles.constant is not None:
+            own = [self.places[int(lane)] if n > 1 else np.array([0]) for lane, n in zip(lanes, roles.constant.shape, strict=True)]
+            logs = torch.from_numpy(roles.constant[np.ix_(*own)])[..., None, None]
+            return logs.expand(*logs.shape[:-2], len(positions), 1)
         gate = self._aligned(roles.parts["gate"], probe, values, [*lanes, "t", "n"], positions)
         return _LOGARITHM[roles.form](gate).expand(*gate.shape[:-2], len(positions), -1)
 
@@ -347,8 +401,11 @@ class _Dependence:
         """Whether only the result's own position counts."""
         return self.leaf.time is not None and self._times().tolist() == [position]
 
-    def check_causal(self, position: int) -> None:
+    def check_causal(self, position: int, weights: Node | None) -> None:
+        """Raises if later positions take part; `weights` is a tensor over both positions of a chunk that may be why."""
         if self.leaf.time is not None and len(self._times()) and self._times().max() > position:
+            if weights is not None:
+                raise Unproved(f"positions of a chunk are weighted by {weights.name}, of which nothing is known")
             raise Unproved(f"later positions of {self.leaf.node.name} take part")
 
     def is_linear(self, leaves: Mapping[Node, Tensor], value: float) -> bool:

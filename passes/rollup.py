@@ -154,6 +154,7 @@ class Replacement:
             scan = builder.graph.call_function(SCAN, (body, inits, xs, invariants))
         builder.added += [body, scan]
         scan.meta.update({key: value for key, value in loop.first.meta.items() if key in _ORIGIN})
+        scan.meta["rolled"] = True  # it was no scan as it came
         with builder.fake_mode(), torch.no_grad():
             scan.meta["val"] = scan_value(values, len(inits), loop.steps)
         parts = [builder.call(operator.getitem, scan, index) for index in range(len(values))]

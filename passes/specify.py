@@ -19,7 +19,7 @@ from effcompile.expr import names_of, rename
 from effcompile.ir import Match, Operand, Rejected, Result
 from effcompile.masks import Logit
 from effcompile.operands import Roles, Traced, as_operand, regrouped, trace
-from effcompile.ops.attention import AttentionSpec
+from effcompile.ops.attention import AttentionSpec, Normaliser
 from effcompile.ops.captured import loads_that_learn
 from effcompile.pattern import GraphView, describe, is_passage
 from effcompile.ranges import Ranges
@@ -70,6 +70,7 @@ class Parts:
     further: Mapping[Node, Result] = field(default_factory=dict)
     dropout: float = 0.0
     drawing: tuple[Node, ...] = ()
+    normaliser: Normaliser = "softmax"
 
 
 def candidates(
@@ -97,10 +98,10 @@ def with_depth(at: Coordinates, depth: Term) -> Coordinates:
 def choose(q: list[Traced], k: list[Traced], v: list[Traced], anchor: Node) -> tuple[Traced, Traced, Traced]:
     """The deepest queries, and the deepest keys and values that share their head groups; values without a factor.
 
-    Where no two share any, the larger groups are copied out.
+    Where no two share any, the larger groups are copied out. Queries that all heads share are expanded to one for each.
     """
     v = [x for x in v if x.factor == 1]
-    q = [x for x in q if x.group == 1]
+    q = [x if x.has_heads or not x.roles.heads.is_Integer else regrouped(x, 1) for x in q if x.group == 1]
     for name, found in (("queries", q), ("keys", k), ("values", v)):
         if not found:
             raise Stop("operands", f"the {name} cannot be read as a [batch, heads, length, depth] view of a tensor", anchor)
@@ -147,10 +148,10 @@ def match_of(parts: Parts) -> Match:
     view = parts.view
     _check_further(parts)
     _check_dropout(parts)
-    dead = _check_dead(parts)
-    _check_group(parts)
     terms = [parts.logit.score, parts.logit.mask, *([] if parts.sink is None else [parts.sink])]
     captures = _captures(terms, parts)
+    dead = _check_dead(parts, captures)
+    _check_group(parts)
     learned = _learned(terms, captures, parts)
     names = {node.name: name for name, node in captures.items()}
     score, mask, *sink = (canonical(rename(term, names), parts.coordinates.ranges, J) for term in terms)
@@ -164,7 +165,7 @@ def match_of(parts: Parts) -> Match:
     spec = AttentionSpec(
         score=to_text(score), mask=to_text(mask), empty=parts.logit.empty, sink=to_text(sink[0]) if sink else None,
         captures=(*captures, *(("seed",) if parts.dropout else ())), sizes=tuple(sizes), learned=learned, dropout=parts.dropout,
-        precision="ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+        precision="ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32", normaliser=parts.normaliser,
     )  # fmt: skip
     return Match(
         family="attention", anchor=parts.anchor, output=parts.output, spec=spec, inputs=_operands(parts),
@@ -174,13 +175,17 @@ def match_of(parts: Parts) -> Match:
     )  # fmt: skip
 
 
-def _check_dead(parts: Parts) -> set[Node]:
-    """Scores and probabilities must vanish, or rewriting would compute them twice."""
+def _check_dead(parts: Parts, captures: Mapping[str, Node]) -> set[Node]:
+    """Scores and probabilities must vanish, or rewriting would compute them twice: nothing else needs them, captures included."""
     dead = parts.view.dead_without(parts.output, *parts.further, *parts.drawing)
+    captured = _needed(list(captures.values()))
     for node, what in parts.vanishing:
         if node not in dead:
             user = next(iter(_alive_users(node, dead, parts.anchor)), None)
             raise Stop("uses", f"the {what} are also used by {describe(user) if user else 'something else'}", node)
+        if node in captured:
+            user = next(user for user in node.users if user in captured or node in captures.values())
+            raise Stop("uses", f"the {what} are also used by {describe(user)}", node)
     return dead
 
 

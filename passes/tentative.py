@@ -42,9 +42,12 @@ class Substitution:
             old.replace_all_uses_with(new)
 
     def undo(self) -> None:
-        """Give the uses that are left back, and remove what only the substitutes needed."""
+        """Give the uses that are left back, and remove what only the substitutes needed.
+
+        What stands before a replaced node is computed from substitutes alone, and goes on using them.
+        """
         for old, new in self.pairs:
-            new.replace_all_uses_with(old)
+            new.replace_all_uses_with(old, delete_user_cb=lambda user, old=old: old < user)
         for _, new in self.pairs:
             if not new.users and not new._erased:
                 erase_with_inputs(new)

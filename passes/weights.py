@@ -29,7 +29,7 @@ aten = torch.ops.aten
 
 _MASKING = frozenset({
     aten.nan_to_num.default, aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.where.self, aten.where.ScalarOther,
-    aten.where.ScalarSelf, aten.mul.Tensor,
+    aten.where.ScalarSelf, aten.mul.Tensor, aten.tril.default, aten.triu.default,
 })  # fmt: skip
 
 
@@ -91,7 +91,7 @@ def weights_of(anchor: Node, view: GraphView, values: Contraction, side: int, at
     Raises:
         Stop: it is more than a probability, or not over the axis of the softmax.
     """
-    drops = _drops_between(values.operands[side], anchor)
+    drops = drops_between(values.operands[side], anchor)
     interpreter = view.interpreter(at.ranges, anchor, opaque=(anchor, *drops))
     out = tuple(at.index[letter] for letter in values.out)
     element = interpreter.element(values.operands[side], values.operand_index(side, out, J))
@@ -108,7 +108,7 @@ def weights_of(anchor: Node, view: GraphView, values: Contraction, side: int, at
     return weights
 
 
-def _drops_between(operand: Node, anchor: Node) -> tuple[Node, ...]:
+def drops_between(operand: Node, anchor: Node) -> tuple[Node, ...]:
     """The active dropouts among the nodes that lie, one behind the other, between the softmax and the values."""
     found, seen, frontier = list[Node](), {anchor}, [operand]
     while frontier:

@@ -83,6 +83,11 @@ def spec(mask: str = "j <= i", score: str = S, **rest: Any) -> AttentionSpec:
     return AttentionSpec(score=score, mask=mask, **rest)
 
 
+def weighed(score: str, mask: str = "j <= i", **rest: Any) -> AttentionSpec:
+    """The score is the weight: no softmax."""
+    return spec(mask, score, normaliser="none", empty="zero", **rest)
+
+
 T0, T1, SEED = ("t0",), ("t0", "t1"), ("seed",)
 N = 45  # of cases with learned tensors
 
@@ -209,6 +214,24 @@ CASES: dict[str, Case] = {
         captures=lambda: [documents(N), torch.tensor(7)], b=2, t_q=N, t_k=N, tiles=(16, 32),
     ),
     "sigmoid-gate": Case(spec=spec(score="s * sigmoid(s)")),
+    "sigmoid": Case(spec=weighed("sigmoid(s * 0.2 - 4.5)"), h=4, h_kv=2),
+    "sigmoid-far-from-zero": Case(spec=weighed("sigmoid(40 * s)", "True"), limit=1e-4),
+    "sigmoid-window-of-few-keys": Case(spec=weighed("sigmoid(s * 0.2)", "(j < i) & (i - j < 9)")),
+    "sigmoid-in-documents": Case(
+        spec=weighed("sigmoid(s * 0.2 - 3)", "(j <= i) & (t0.i[b, i] == t0.i[b, j])", captures=T0),
+        captures=lambda: [documents()], b=2,
+    ),
+    "sigmoid-shared-among-rows": Case(spec=weighed("sigmoid(s * 0.2) / (i + 1)"), t_q=N, t_k=N),
+    "sigmoid-alibi": replace(
+        learning("sigmoid(s * 0.2 + t0.f[h] * (j - i) + t1.f[h])", lambda: [torch.rand(2), torch.randn(2)], b=2),
+        spec=weighed("sigmoid(s * 0.2 + t0.f[h] * (j - i) + t1.f[h])", captures=T1, learned=T1),
+    ),
+    "sigmoid-learned-bias-with-dropout": replace(
+        learning("s", lambda: [torch.randn(2, N, N), torch.tensor(3)], b=2),
+        spec=weighed("sigmoid(s * 0.2 + t0.f[h, i, j])", "abs(i - j) < 9", captures=(*T0, *SEED), learned=T0, dropout=0.4),
+    ),
+    "squared-relu": Case(spec=weighed("max(0, s * 0.2) ** 2"), t_q=N, t_k=N),
+    "half-sigmoid": Case(spec=weighed("sigmoid(s * 0.2 - 4.5)"), dtype=torch.float16, d_qk=64, d_v=64),
     "head-80": Case(spec=spec(), d_qk=80, d_v=80, t_q=65, t_k=65),
     "head-96-64": Case(spec=spec(), d_qk=96, d_v=64, h_kv=2, t_q=65, t_k=65),
     "half": Case(spec=spec(), dtype=torch.float16, d_qk=64, d_v=64),
@@ -300,7 +323,7 @@ def test_results_and_gradients(name: str, interpreter: Ask) -> None:
     assert not worst
 
 
-@pytest.mark.parametrize("name", ["causal", "documents", "bias-from-buckets", "prefix", "soft-cap", "padding-mean"])
+@pytest.mark.parametrize("name", ["causal", "documents", "bias-from-buckets", "prefix", "soft-cap", "padding-mean", "sigmoid"])
 def test_the_file_checks_itself(name: str, interpreter: Ask) -> None:
     lines = interpreter("script", name)
     assert [line.split(":")[0].strip() for line in lines] == ["out", "dq", "dk", "dv"]
@@ -367,6 +390,16 @@ def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 def test_a_load_from_a_tensor_that_is_not_captured_is_refused() -> None:
     with pytest.raises(KernelError, match="but got tensor='t0'"):
         attention.source(spec(score="s + t0.f[i, j]"), PROBLEM)
+
+
+def test_a_sink_without_a_softmax_is_refused() -> None:
+    with pytest.raises(KernelError, match="Expected a softmax around a sink but got normaliser='none'"):
+        attention.source(weighed("sigmoid(s)", sink="0"), PROBLEM)
+
+
+def test_nothing_of_a_softmax_is_left_without_one() -> None:
+    text = attention.source(weighed("sigmoid(s)"), replace(PROBLEM, arch="sm_90"))
+    assert not any(word in text for word in ("new_peak", "tl.log", "delta_kernel", "gluon", "weight("))
 
 
 def test_head_dimensions_beyond_256_are_refused() -> None:

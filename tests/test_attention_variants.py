@@ -598,6 +598,21 @@ def _(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
+@variant("queries that all heads share", lambda: (normal(B, 5, D), *bhtd()[1:]), **PLAIN)
+def _(q, k, v):
+    return attend(scores_of(q[:, None].expand(-1, H, -1, -1), k), v)
+
+
+@variant("latent queries that all share", lambda: (normal(5, D), *bhtd()[1:]), **PLAIN)
+def _(q, k, v):
+    return attend(scores_of(q, k), v)
+
+
+@variant("latent queries that all share, SDPA", lambda: (normal(5, D), *bhtd()[1:]), **{**PLAIN, "empty": "impossible"})
+def _(q, k, v):
+    return F.scaled_dot_product_attention(q.expand(B, H, -1, -1), k, v)
+
+
 @variant("keys of a group, values of each head", lambda: (*bhtd(H, HK)[:2], bhtd()[2]), **PLAIN)
 def _(q, k, v):
     return attend(scores_of(q, k.repeat_interleave(H // HK, 1)), v)

@@ -192,10 +192,47 @@ def _(q, k, v, g):
     return result.reshape(B, H, T, V)
 
 
+def retention(q, k, v, power, last=L):
+    """Chunk by chunk, `power(n)` the decay over n steps, [H, 1, 1] or as long as n."""
+    i = torch.arange(L)
+    within = power((i[:, None] - i).clamp(min=0)).tril()
+    past, carried = power((i + 1)[:, None]), power((L - 1 - i)[:, None])
+    state, outputs = q.new_zeros(B, H, q.shape[-1], V), []
+    for a, b, c in zip(*(x.split(L, dim=2) for x in (q, k, v)), strict=True):
+        outputs.append((a @ b.mT * within) @ c + (a * past) @ state)
+        state = power(last) * state + (b * carried).mT @ c
+    return torch.cat(outputs, dim=2)
+
+
+@spelled("constant decays", **GATED)
+def _(q, k, v, g):
+    gamma = (1 - 2.0 ** (-5 - torch.arange(H))).view(H, 1, 1)
+    return retention(q, k, v, lambda n: gamma**n)
+
+
+@spelled("one constant decay", **GATED)
+def _(q, k, v, g):
+    return retention(q, k, v, lambda n: 0.9**n)
+
+
+@spelled("chunks as long as keys are deep", **PLAIN)
+def _(q, k, v, g):
+    q, k = (F.pad(x, (0, L - D)) for x in (q, k))
+    return retention(q, k, v, lambda n: n * 0 + 1.0)
+
+
 @pytest.mark.parametrize("name", FORMS)
 def test_spelling_is_rewritten(name: str) -> None:
     f, fields = FORMS[name]
     assert_recurrence(f, *arguments(), rules=RULES, **fields)
+
+
+def test_slopes_that_meet_positions_in_several_forms() -> None:
+    def f(q, k, v, slopes):
+        slopes = F.softplus(slopes)[:, None, None]
+        return retention(q, k, v, lambda n: torch.exp(-slopes * n))
+
+    assert_recurrence(f, *arguments(H), rules=RULES, **GATED)
 
 
 def test_last_state() -> None:
@@ -250,6 +287,18 @@ def _(q, k, v, g):
 @wrong("a decay of one in a million")
 def _(q, k, v, g):
     return gated(q, k, v, g, carry=1e-6)
+
+
+@wrong("another constant decay from chunk to chunk")
+def _(q, k, v, g):
+    return retention(q, k, v, lambda n: 0.9**n, last=L - 1)
+
+
+@wrong("weights of which nothing is known", why="positions of a chunk are weighted by")
+def _(q, k, v, g):
+    weights = g[0, 0, :L, None] * g[0, 1, :L]
+    q, k, v = cut(q), cut(k), cut(v)
+    return (q @ ((k.mT @ v).cumsum(2) - k.mT @ v) + (q @ k.mT * weights) @ v).reshape(B, H, T, V)
 
 
 @wrong("later positions", why="later positions")

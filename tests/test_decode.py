@@ -147,6 +147,12 @@ CASES: dict[str, Case] = {
     "sink-over-empty-rows": Case(
         spec=spec("j < i - 1", sink="t0.f[h, i]", captures=T0), captures=lambda: [torch.randn(4, 5)], t_q=5
     ),
+    "sigmoid": Case(spec=spec("j <= i + 250", score="sigmoid(s * 0.2 - 3)", normaliser="none", empty="zero"), t_q=3),
+    "sigmoid-window": Case(
+        spec=spec(WINDOW, score="sigmoid(s * 0.2 + t1.f[h])", captures=("t0", "t1"), normaliser="none", empty="zero"),
+        captures=lambda: [*at(280)(), torch.randn(4)], splits=(None, 1, 4),
+    ),
+    "sigmoid-no-keys": Case(spec=spec("j < i - 1", score="sigmoid(s)", normaliser="none", empty="zero"), t_q=5),
     "negative-scale": Case(spec=spec(score="-0.3 * s")),
     "scale-of-a-size": Case(spec=spec("j < n0 + 250", score="s / sqrt(n0)", sizes=("n0",)), sizes=(24,)),
     "heads-alone": Case(spec=spec(), h=2, h_kv=2, t_q=3),

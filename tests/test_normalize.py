@@ -141,3 +141,22 @@ def test_what_is_returned_keeps_memory_of_its_own(f):
     x = torch.arange(5.0)
     torch.compile(f, backend=backend, fullgraph=True)(x).add_(1)
     assert x.tolist() == [0, 1, 2, 3, 4]
+
+
+EINSUMS = {
+    "scores, a decay, values": ("bihn,bjhn,bhij,bjhp->bihp", [(2, 3, 4, 5), (2, 6, 4, 5), (2, 4, 3, 6), (2, 6, 4, 7)], 2),
+    "a factor of the result": ("bhtd,bhtdv,bht->bhtv", [(2, 3, 4, 5), (2, 3, 4, 5, 6), (2, 3, 4)], 1),
+    "several sums": ("ab,bc,cd->ad", [(2, 3), (3, 4), (4, 5)], 2),
+    "a length of 1 for another": ("ab,bc,cd->ad", [(2, 3), (1, 4), (4, 5)], 2),
+    "nothing summed over": ("bd,bn,bd->bdn", [(2, 3), (2, 4), (2, 3)], 1),
+    "the sum of one alone": ("ab,cd,d->ac", [(2, 3), (4, 5), (5,)], 2),
+}
+
+
+@pytest.mark.parametrize("name", EINSUMS)
+def test_einsum_of_several_is_products_of_two(name: str) -> None:
+    equation, shapes, count = EINSUMS[name]
+    with torch.backends.opt_einsum.flags(enabled=False):
+        found = normalised(lambda *xs: torch.einsum(equation, *xs), *(torch.randn(shape) for shape in shapes))
+    assert found.count(aten.einsum.default) == count
+    assert (aten.mul.Tensor in found) == (name in ("scores, a decay, values", "a factor of the result"))

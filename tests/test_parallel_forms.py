@@ -330,12 +330,6 @@ def _(q, k, v):
     return torch.einsum("bhij,bjhd->bihd", weights / weights.sum(-1, keepdim=True), v)
 
 
-@pytest.mark.parametrize("name", FORMS)
-def test_spelling_is_rewritten(name: str) -> None:
-    f, args, fields = FORMS[name]
-    assert_recurrence(f, *(make() for make in args), rules=RULES, **fields)
-
-
 @spelled("sums that begin one later for the keys", q, k, v, g, **GATED)
 def _(q, k, v, g):
     g = F.logsigmoid(g)
@@ -348,6 +342,90 @@ def _(q, k, v, g):
     total = F.logsigmoid(g).cumsum(-1)
     before = torch.cat([torch.zeros(B, H, 1), total[..., :-1]], dim=-1)
     return (q @ k.mT * (before[..., None] - total[..., None, :]).masked_fill(~lower_triangle(-1), -torch.inf).exp()) @ v
+
+
+# -------------------------------------------------------------------- a maximum taken off the exponents of each row
+
+STABLE = {**GATED, "normaliser": True}
+
+
+def large() -> torch.Tensor:
+    """Input gates whose exponentials leave the range of float32."""
+    return (100 + normal(B, H, T, seed=6)).detach().requires_grad_()
+
+
+def mlstm(q, k, v, f, i, maximum):
+    """The weights are divided as xLSTM's are; `maximum` takes the rows' from their exponents."""
+    logs = exponents(f, i)
+    top = maximum(logs)
+    weights = q @ (k * D**-0.5).mT * (logs - top).exp()
+    return (weights / torch.maximum(weights.sum(-1, keepdim=True).abs(), (-top).exp())) @ v
+
+
+@spelled("mLSTM, amax", q, k, v, g, large, **STABLE)
+def _(q, k, v, f, i):
+    return mlstm(q, k, v, f, i, lambda logs: logs.amax(-1, keepdim=True))
+
+
+@spelled("mLSTM, max", q, k, v, g, large, **STABLE)
+def _(q, k, v, f, i):
+    return mlstm(q, k, v, f, i, lambda logs: logs.max(dim=-1, keepdim=True).values)
+
+
+@spelled("mLSTM, maximum without a gradient", q, k, v, g, lambda: normal(B, H, T, seed=6), **STABLE)
+def _(q, k, v, f, i):
+    return mlstm(q, k, v, f, i, lambda logs: logs.amax(-1, keepdim=True).detach())
+
+
+@spelled("mLSTM, the authors' own", q, k, v, g, large, **STABLE)
+def _(q, k, v, f, i):
+    sums = torch.cat([torch.zeros(B, H, 1, 1), F.logsigmoid(f)[..., None].cumsum(-2)], dim=-2).expand(-1, -1, -1, T + 1)
+    differences = (sums - sums.mT)[:, :, 1:, 1:]
+    logs = torch.where(lower_triangle(), differences, -torch.inf) + i[:, :, None, :]
+    top, _ = logs.max(dim=-1, keepdim=True)
+    weights = (q @ (k / D**0.5).mT) * torch.exp(logs - top)
+    total = torch.maximum(weights.sum(-1, keepdim=True).abs(), torch.exp(-top))
+    return (weights / (total + 1e-6)) @ v
+
+
+@spelled("mLSTM, time second, batch and heads apart", lambda: q().transpose(1, 2), lambda: k().transpose(1, 2),
+         lambda: v().transpose(1, 2), lambda: g().transpose(1, 2), lambda: large().transpose(1, 2), **STABLE)  # fmt: skip
+def _(q, k, v, f, i):
+    total = F.logsigmoid(f).cumsum(1)
+    differences = total[:, :, None] - total[:, None] + i[:, None]
+    logs = torch.where(lower_triangle()[..., None], differences, -torch.inf)
+    top = logs.amax(2)
+    weights = torch.einsum("bihd,bjhd->bijh", q, k) * (logs - top[:, :, None]).exp()
+    total = torch.maximum(weights.sum(2).abs(), torch.exp(-top))
+    return torch.einsum("bijh,bjhv->bihv", weights, v) / total[..., None]
+
+
+@spelled("gates that heads share", q, k, v, lambda: g(B, 1, T), lambda: 3 * normal(B, 1, T, seed=6), **STABLE)
+def _(q, k, v, f, i):
+    return mlstm(q, k, v, f, i, lambda logs: logs.amax(-1, keepdim=True))
+
+
+@spelled("a constant decay, the numerator alone", q, k, v, large, **GATED)
+def _(q, k, v, i):
+    t = torch.arange(T)
+    logs = (-0.1 * (t[:, None] - t) + i[..., None, :]).masked_fill(~lower_triangle(), -torch.inf)
+    return (q @ k.mT * (logs - logs.amax(-1, keepdim=True)).exp()) @ v
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_spelling_is_rewritten(name: str) -> None:
+    f, args, fields = FORMS[name]
+    assert_recurrence(f, *(make() for make in args), rules=RULES, **fields)
+
+
+@pytest.mark.parametrize("name", ["mLSTM, amax", "a constant decay, the numerator alone"])
+def test_maxima_of_rows_need_no_matrix(name: str) -> None:
+    f, makers, _ = FORMS[name]
+    compiled = Rewritten(f, RULES)
+    result = compiled(*(make().detach() for make in makers))
+    assert result.isfinite().all()
+    shapes = [tuple(n.meta["val"].shape) for n in compiled.graphs[0].graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+    assert compiled.matches and all(shape.count(T) < 2 for shape in shapes)
 
 
 # -------------------------------------------------------------------- none, or not to be taken
@@ -423,13 +501,39 @@ def _(q, k, v, g):
     return (scores * divided_differences(F.logsigmoid(g))) @ v, scores
 
 
-@refused(
-    "a maximum of each row (mLSTM)", q, k, v, g, lambda: normal(B, H, T, seed=6), why="from all of a row|over both", step="rows"
-)
-def _(q, k, v, f, i):
+def exponents(f, i):
+    """Logarithms of an mLSTM's weights."""
     total = F.logsigmoid(f).cumsum(-1)
-    logs = (total[..., None] - total[..., None, :] + i[..., None, :]).masked_fill(~lower_triangle(), -torch.inf)
-    return (q @ k.mT * (logs - logs.amax(-1, keepdim=True)).exp()) @ v
+    return (total[..., None] - total[..., None, :] + i[..., None, :]).masked_fill(~lower_triangle(), -torch.inf)
+
+
+@refused("a maximum of other exponents", q, k, v, g, lambda: normal(B, H, T, seed=6), why="of other exponents", step="rows")
+def _(q, k, v, f, i):
+    logs = exponents(f, i)
+    return (q @ k.mT * (logs - (0.5 * logs).amax(-1, keepdim=True)).exp()) @ v
+
+
+@refused("a maximum with another decay", q, k, v, g, lambda: normal(B, H, T, seed=6), why="of other exponents", step="rows")
+def _(q, k, v, f, i):
+    return (q @ k.mT * (exponents(f, i) - exponents(i, f).amax(-1, keepdim=True)).exp()) @ v
+
+
+@refused("twice the maximum", q, k, v, g, lambda: normal(B, H, T, seed=6), why="over both positions", step="rows")
+def _(q, k, v, f, i):
+    logs = exponents(f, i)
+    return (q @ k.mT * (logs - 2 * logs.amax(-1, keepdim=True)).exp()) @ v
+
+
+@refused("a maximum of all rows", q, k, v, g, lambda: normal(B, H, T, seed=6), why="over both positions", step="rows")
+def _(q, k, v, f, i):
+    logs = exponents(f, i)
+    return (q @ k.mT * (logs - logs.amax((-1, -2), keepdim=True)).exp()) @ v
+
+
+@refused("a maximum with scores", q, k, v, g, lambda: normal(B, H, T, seed=6), why="no multiple of the scores", step="scores")
+def _(q, k, v, f, i):
+    logs, scores = exponents(f, i), q @ k.mT
+    return (scores * (logs - (scores + logs).amax(-1, keepdim=True)).exp()) @ v
 
 
 @refused("a learned decay of unknown sign", q, k, v, lambda: normal(H), why="not known to be positive", step="decay")

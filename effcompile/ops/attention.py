@@ -4,6 +4,7 @@
 
 `score` and `mask` are index expressions (see `effcompile.terms`) over `s`, the indices `b`, `h`, `i`, `j`, loads from captured
 tensors and integer sizes. Nothing else is known of them: causality, windows, documents, biases and soft-caps are all expressions.
+Without a normaliser, as in sigmoid attention, the score itself is the weight: P = score(s) where mask, else 0.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from .captured import gradient, loads_that_learn, slope
 from .dropout import dropout_keeps
 
 Empty = Literal["impossible", "nan", "zero", "mean"]
+Normaliser = Literal["softmax", "none"]
 Precision = Literal["ieee", "tf32"]
 
 SPEC_VERSION = 1
@@ -31,7 +33,7 @@ class AttentionSpec:
     """The meaning of one attention, without its tensors.
 
     Attributes:
-        score: the logit, in natural units, of `s`, `b`, `h`, `i`, `j`; the scale stands in it.
+        score: the logit, in natural units, of `s`, `b`, `h`, `i`, `j`; the scale stands in it. Without a normaliser, the weight.
         mask: the condition under which key `j` takes part for query `i`.
         empty: what a row without any key yields: it cannot occur (proved), NaN (softmax of -inf), zeros (SDPA's safe softmax),
             or the mean of all values (softmax of equal finite logits).
@@ -42,6 +44,8 @@ class AttentionSpec:
         dropout: the share of the weights that are set to zero, the others divided by what is left; the last captured tensor, the
             integer `seed`, then decides which ones (see `ops.dropout`).
         precision: how float32 operands are multiplied.
+        normaliser: "softmax" makes weights of the logits of a row; "none" takes each as it is. A row without any key is then zero,
+            there is no sink, and the log-sum-exp is given as zeros.
     """
 
     score: str = "s"
@@ -53,6 +57,7 @@ class AttentionSpec:
     learned: tuple[str, ...] = ()
     dropout: float = 0.0
     precision: Precision = "ieee"
+    normaliser: Normaliser = "softmax"
     version: int = SPEC_VERSION
 
     def to_dict(self) -> dict[str, Any]:
@@ -111,19 +116,30 @@ def reference(
     )
     scores = evaluator.tensor(from_text(spec.score), dtype).expand(logits.shape)
     mask = evaluator.tensor(from_text(spec.mask), torch.bool).expand(logits.shape)
-    masked = scores.masked_fill(~mask, float("-inf"))
-    if spec.empty == "mean":
-        masked = torch.where(mask.any(-1, keepdim=True), masked, torch.zeros_like(masked))
-    if spec.sink is not None:
-        sink = evaluator.tensor(from_text(spec.sink), dtype).expand(*logits.shape[:3], 1)
-        masked = torch.cat([masked, sink], dim=-1)
-    weights = masked.softmax(-1)[..., : k.shape[2]]
-    if spec.empty == "zero":
-        weights = torch.where(mask.any(-1, keepdim=True), weights, torch.zeros_like(weights))
+    sink = None if spec.sink is None else evaluator.tensor(from_text(spec.sink), dtype).expand(*logits.shape[:3], 1)
+    if spec.normaliser == "softmax":
+        weights, lse = _softmax(scores, mask, sink, spec.empty)
+    else:
+        weights, lse = torch.where(mask, scores, 0.0), torch.zeros(logits.shape[:3], dtype=dtype, device=q.device)
     if spec.dropout:
         kept = dropout_keeps(captures[-1], indices["b"], indices["h"], indices["i"], indices["j"], spec.dropout)
         weights = torch.where(kept, weights / (1.0 - spec.dropout), 0.0)
-    return (weights @ values).to(v.dtype), masked.logsumexp(-1)
+    return (weights @ values).to(v.dtype), lse
+
+
+def _softmax(
+    scores: torch.Tensor, mask: torch.Tensor, sink: torch.Tensor | None, empty: Empty
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weights [B, H, Tq, Tk] and the log-sum-exps [B, H, Tq] of scores where `mask`, beside the logit `sink` [B, H, Tq, 1]."""
+    masked = scores.masked_fill(~mask, float("-inf"))
+    if empty == "mean":
+        masked = torch.where(mask.any(-1, keepdim=True), masked, torch.zeros_like(masked))
+    if sink is not None:
+        masked = torch.cat([masked, sink], dim=-1)
+    weights = masked.softmax(-1)[..., : scores.shape[-1]]
+    if empty == "zero":
+        weights = torch.where(mask.any(-1, keepdim=True), weights, torch.zeros_like(weights))
+    return weights, masked.logsumexp(-1)
 
 
 def index_tensors(b: int, h: int, i: int, j: int, device: torch.device) -> dict[str, torch.Tensor]:

@@ -17,10 +17,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any, Literal
 
 import torch
 
+from .._torch import below_autograd
 from .attention import LIBRARY
 
 Decay = Literal["none", "head", "key", "value", "full"]
@@ -30,6 +32,8 @@ Read = Literal["after", "before"]
 SPEC_VERSION = 2  # part of the key of compiled graphs: raised when an operator's schema changes
 OPTIONAL = ("q", "k", "gate", "rate", "bonus", "initial")
 """The operands beside `v`, in the order in which they are passed."""
+FEW_STEPS = 8
+"""Up to so many steps of a matrix state are taken one by one, and its memory can hold the last state as it held the first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,11 +103,12 @@ class RecurrenceSpec:
         """One line of JSON, the same for equal specifications."""
         return json.dumps(self.to_dict(), sort_keys=True)
 
-    @classmethod
-    def from_json(cls, text: str) -> RecurrenceSpec:
+    @staticmethod
+    @cache
+    def from_json(text: str) -> RecurrenceSpec:
         """Read what `to_json` wrote."""
         fields = json.loads(text)
-        return cls(**{**fields, "operands": tuple(fields["operands"])})
+        return RecurrenceSpec(**{**fields, "operands": tuple(fields["operands"])})
 
 
 def reference(
@@ -171,6 +176,10 @@ LIBRARY.define(
     tags=_TAGS,
 )
 
+LIBRARY.define(
+    "recurrence_update(Tensor v, Tensor[] operands, Tensor(a!) state, str spec, str layout) -> (Tensor, Tensor)", tags=_TAGS
+)
+
 Layout = Literal["bhtd", "bthd", "tbhd"]
 _ORDER = {"bhtd": (0, 1, 2), "bthd": (0, 2, 1), "tbhd": (2, 0, 1)}
 
@@ -197,11 +206,29 @@ def _fake(v: Any, operands: Any, spec: str, layout: str) -> tuple[torch.Tensor, 
     return empty_output(v, parsed, layout), normaliser, final
 
 
+@torch.library.register_fake("effcompile::recurrence_update", lib=LIBRARY)
+def _fake_update(v: Any, operands: Any, state: Any, spec: str, layout: str) -> tuple[torch.Tensor, torch.Tensor]:
+    out, normaliser, _ = _fake(v, [*operands, state], spec, layout)
+    return out, normaliser
+
+
 @torch.library.register_fake("effcompile::recurrence_backward", lib=LIBRARY)
 def _fake_backward(
     grad: Any, grad_normaliser: Any, grad_final: Any, v: Any, operands: Any, out: Any, spec: str, decay: bool
 ) -> list[torch.Tensor]:
     return without_decay([torch.empty_like(x) for x in (v, *operands)], RecurrenceSpec.from_json(spec), decay)
+
+
+def update_reference(
+    v: torch.Tensor, operands: Sequence[torch.Tensor], state: torch.Tensor, spec: RecurrenceSpec
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`reference` with `state` as the initial state, the last operand of the specification, and the last state written to it.
+
+    Returns the first two results. There is no gradient: what a gradient would need is overwritten.
+    """
+    out, normaliser, final = reference(v, [*operands, state], spec)
+    state.copy_(final)
+    return out, normaliser
 
 
 def without_decay(gradients: Sequence[torch.Tensor | None], spec: RecurrenceSpec, decay: bool) -> list[torch.Tensor]:
@@ -228,28 +255,40 @@ def reference_backward(
     return [torch.zeros_like(x) if g is None else g.to(x.dtype) for x, g in zip((v, *operands), found, strict=True)]
 
 
-def _save(ctx: Any, inputs: Any, output: Any) -> None:
-    v, operands, spec, _layout = inputs
-    parsed = RecurrenceSpec.from_json(spec)
-    ctx.save_for_backward(v, *operands, *(() if parsed.has_rows else output[:1]))  # without rows, the output is the state
-    ctx.count, ctx.spec = len(operands), spec
-    if not parsed.normaliser:
-        ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
+class _Differentiable(torch.autograd.Function):
+    """The operator with its gradient.
+
+    `torch.library.register_autograd` would do, but takes lists of tensors apart and together again at each call: 0.1 ms.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, keys: Any, spec: str, layout: str, v: torch.Tensor, *operands: torch.Tensor) -> Any:
+        out, normaliser, final = below_autograd(torch.ops.effcompile.recurrence.default, keys, v, list(operands), spec, layout)
+        parsed = RecurrenceSpec.from_json(spec)
+        ctx.save_for_backward(v, *operands, *(() if parsed.has_rows else (out,)))  # without rows, the output is the state
+        ctx.count, ctx.spec = len(operands), spec
+        if not parsed.normaliser:
+            ctx.mark_non_differentiable(normaliser)
+        ctx.set_materialize_grads(False)
+        return out, normaliser, final
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any, grad_normaliser: Any, grad_final: Any) -> tuple[Any, ...]:  # type: ignore[override]
+        v, *rest = ctx.saved_tensors
+        operands, out = rest[: ctx.count], next(iter(rest[ctx.count :]), None)
+        if grad is None and grad_normaliser is None and grad_final is None:
+            return (None,) * (4 + ctx.count)
+        needed = ctx.needs_input_grad[4:]
+        names = RecurrenceSpec.from_json(ctx.spec).operands
+        decay = any(need for name, need in zip(names, needed, strict=True) if name in ("gate", "rate"))
+        found = torch.ops.effcompile.recurrence_backward(grad, grad_normaliser, grad_final, v, operands, out, ctx.spec, decay)
+        return None, None, None, found[0], *(x if need else None for x, need in zip(found[1:], needed, strict=True))
 
 
-def _differentiate(ctx: Any, grad: Any, grad_normaliser: Any, grad_final: Any) -> tuple[Any, ...]:
-    v, *rest = ctx.saved_tensors
-    operands, out = rest[: ctx.count], next(iter(rest[ctx.count :]), None)
-    no_operands: list[Any] = []
-    if grad is None and grad_normaliser is None and grad_final is None:
-        return None, [None] * ctx.count, None, None
-    needed = ctx.needs_input_grad[1] if operands else no_operands
-    names = RecurrenceSpec.from_json(ctx.spec).operands
-    decay = any(need for name, need in zip(names, needed, strict=True) if name in ("gate", "rate"))
-    found = torch.ops.effcompile.recurrence_backward(grad, grad_normaliser, grad_final, v, operands, out, ctx.spec, decay)
-    wanted = [x if need else None for x, need in zip(found[1:], needed, strict=True)]
-    return found[0], wanted if operands else no_operands, None, None
+def _with_gradient(keys: Any, v: torch.Tensor, operands: Sequence[torch.Tensor], spec: str, layout: str) -> Any:
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (v, *operands)):
+        return _Differentiable.apply(keys, spec, layout, v, *operands)
+    return below_autograd(torch.ops.effcompile.recurrence.default, keys, v, operands, spec, layout)
 
 
-torch.library.register_autograd("effcompile::recurrence", _differentiate, setup_context=_save, lib=LIBRARY)
+LIBRARY.impl("recurrence", _with_gradient, "Autograd", with_keyset=True)

@@ -1,0 +1,221 @@
+"""What the benchmarks measure: their attentions are rewritten, their formulas agree with their sources, their tables render."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from effcompile.config import Config
+from effcompile.pipeline import Pipeline
+from tests.vocabulary import GPU, assert_rewritten
+
+ROOT = Path(__file__).resolve().parent.parent
+ROWS = (
+    "causal-4k", "causal-16k", "window-16k", "softcap-8k", "documents-16k", "alibi-8k", "diffusion-8k", "mla-8k", "sinks-8k",
+)  # fmt: skip
+DECODES = ("gqa-b1-32k", "gqa-b16-8k", "sinks-b16-8k", "latent-b16-8k")
+LONG = 131072
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch):
+    """Imports a benchmark as the scripts import each other."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module
+
+
+def small(load: Any, name: str) -> Any:
+    """A row of the attention benchmark at 256 tokens."""
+    return replace(next(row for row in load("attention_rows").ROWS if row.name == name), tokens=256)
+
+
+def inputs_of(row: Any, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    shapes = ((row.heads, row.width), (row.kv_heads, row.width), (row.kv_heads, row.value_width))
+    return tuple(torch.randn(1, heads, row.tokens, width, dtype=dtype) for heads, width in shapes)
+
+
+def test_all_rows_are_tested(load):
+    assert tuple(row.name for row in load("attention_rows").ROWS) == ROWS
+    assert tuple(row.name for row in load("decode").ROWS) == DECODES
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_row_is_rewritten(load, name):
+    row = small(load, name)
+    assert_rewritten(row.source, *inputs_of(row, torch.bfloat16), *row.extra("cpu", row.tokens, row.heads))
+
+
+@pytest.mark.parametrize("name", DECODES)
+def test_a_decoding_is_rewritten(load, name):
+    row = replace(next(row for row in load("decode").ROWS if row.name == name), tokens=256)
+    report = assert_rewritten(row.source, *row.inputs("cpu"))
+    assert {d.chosen for d in report.decisions} == {"triton"}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_row_says_what_its_source_says(load, name):
+    row = small(load, name)
+    q, k, v = inputs_of(row, torch.float64)
+    extra = row.extra("cpu", row.tokens, row.heads)
+    gradient = torch.randn(1, row.heads, row.tokens, row.value_width, dtype=torch.float64)
+    found = load("attention_reference").reference(row, q, k, v, extra, gradient, torch.float64)
+    with load("cpu_attention").FullPrecisionSoftmax():
+        expected = row.source(q, k, v, *(x.double() if x.is_floating_point() else x for x in extra))
+    torch.testing.assert_close(found["out"], expected)
+
+
+@pytest.mark.parametrize("name", ["window-16k", "documents-16k", "alibi-8k", "diffusion-8k"])
+def test_a_dense_mask_says_the_same(load, name):
+    row = small(load, name)
+    q, k, v = inputs_of(row, torch.bfloat16)
+    extra = row.extra("cpu", row.tokens, row.heads)
+    found = load("attention_contenders").sdpa_mask(row, extra, "cpu")(q, k, v)
+    torch.testing.assert_close(found, row.source(q, k, v, *extra), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("name", ["causal-4k", "softcap-8k", "sinks-8k"])
+def test_no_dense_mask_where_it_would_say_less(load, name):
+    assert load("attention_contenders").sdpa_mask(small(load, name), (), "cpu") is None
+
+
+@pytest.mark.parametrize("mask", ["causal", "window", "documents", "block diffusion"])
+def test_no_tensor_of_all_pairs_is_left(load, mask):
+    """At 131072 tokens, on tensors without memory: no node of the rewritten graph is larger than the queries."""
+    row = load("mask_memory").row_of(mask, LONG)
+    graphs = []
+
+    def backend(module: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        result = Pipeline(Config.resolve(None, {"hardware": GPU})).run(module, inputs)
+        assert result.error is None and result.module is not None
+        graphs.append(result.module)
+        return lambda *_: (torch.empty(1, row.heads, row.tokens, row.width, dtype=torch.bfloat16),)
+
+    with FakeTensorMode():
+        inputs, extra = inputs_of(row, torch.bfloat16), row.extra("cpu", row.tokens, row.heads)
+        torch.compile(row.source, backend=backend, fullgraph=True)(*inputs, *extra)
+    (graph,) = graphs
+    values = [node.meta.get("val") for node in graph.graph.nodes]
+    sizes = [x.numel() for x in values if isinstance(x, torch.Tensor)]
+    assert sizes and max(sizes) <= row.heads * row.tokens * row.width
+
+
+ENVIRONMENT = {"device": "NVIDIA H100", "torch": "2.11.0", "triton": "3.6.0", "commit": "abc", "date": "2026-01-01"}
+
+
+def rendered(load: Any, payload: dict[str, Any]) -> list[str]:
+    """The lines of a payload's table, without the header."""
+    tables: ModuleType = load("tables")
+    lines = tables.SECTIONS[payload["benchmark"]]({"environment": ENVIRONMENT, **payload}).splitlines()
+    return [line for line in lines if line.startswith("|")][2:]
+
+
+def test_table_of_training(load):
+    common = {"tokens": 8192, "status": "ok"}
+    results = [
+        {**common, "contender": "effarch", "ms": 100.0, "peak_mb": 500, "error_vs_eager": 0.987},
+        {**common, "contender": "inductor", "ms": 250.0, "peak_mb": 5000},
+        {**common, "contender": "eager", "status": "oom"},
+        {**common, "contender": "effarch-sdpa", "status": "crash"},
+        {**common, "contender": "inductor-sdpa", "ms": 90.0, "peak_mb": 500},
+    ]
+    assert rendered(load, {"benchmark": "training", "size": {"layers": 4}, "results": results}) == [
+        "| 8192 | as written | out of memory | 2.50x | 0.90x | 0.10 | 0.99 |",
+        "| 8192 | SDPA | crash | - | - | - | - |",
+    ]
+
+
+def test_table_of_growing_lengths(load):
+    results = [
+        {"tokens": 4096, "contender": "standard", "status": "ok", "ms": 30.0, "peak_mb": 4000.0},
+        {"tokens": 4096, "contender": "rewritten", "status": "ok", "ms": 10.0, "peak_mb": 500.0},
+        {"tokens": 32768, "contender": "standard", "status": "oom"},
+        {"tokens": 32768, "contender": "rewritten", "status": "ok", "ms": 90.0, "peak_mb": 900.0},
+    ]
+    assert rendered(load, {"benchmark": "flash-attention", "size": {"layers": 4}, "results": results}) == [
+        "| 4096 | 3.00x | 8.00x |",
+        "| 32768 | out of memory | out of memory |",
+    ]
+
+
+def test_table_of_masks(load):
+    results = [
+        {"mask": "causal", "tokens": 65536, "contender": "effarch", "status": "ok", "extra_mb": 0.0},
+        {"mask": "causal", "tokens": 65536, "contender": "inductor", "status": "oom"},
+        {"mask": "causal", "tokens": 65536, "contender": "sdpa-mask", "status": "cannot express it"},
+    ]
+    assert rendered(load, {"benchmark": "mask-memory", "results": results}) == [
+        "| causal | 65536 | 4096 | 0.0 | out of memory | cannot express it |"
+    ]
+
+
+def script(path: str, *arguments: str) -> None:
+    """Run a script of the repository as a user does."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / path), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_training_runs(tmp_path):
+    out = tmp_path / "training.json"
+    script("benchmarks/training.py", "--tiny", "--device", "cpu", "--contenders", "eager,effarch,effarch-sdpa", "--out", str(out))
+    payload = json.loads(out.read_text())
+    found = {r["contender"]: r for r in payload["results"]}
+    assert payload["smoke"] and {r["status"] for r in found.values()} == {"ok"}
+    assert found["effarch"]["attentions"] == 2 and found["eager"]["error"] < 1e-5
+    assert all(r["error_vs_eager"] <= 2 for r in found.values())
+
+
+@pytest.mark.slow
+def test_masks_run(tmp_path):
+    out = tmp_path / "masks.json"
+    script("benchmarks/mask_memory.py", "--tokens", "256", "--masks", "documents", "--device", "cpu", "--out", str(out))
+    found = {r["contender"]: r["status"] for r in json.loads(out.read_text())["results"]}
+    assert found == dict.fromkeys(("effarch", "flex", "sdpa-mask", "inductor"), "ok")
+
+
+@pytest.mark.slow
+def test_attention_runs(tmp_path):
+    out = tmp_path / "attention.json"
+    options = ("--rows", "diffusion", "--scale", "32", "--contenders", "eager,effarch,sdpa-mask", "--device", "cpu")
+    script("benchmarks/attention.py", *options, "--out", str(out))
+    results = json.loads(out.read_text())["results"]
+    assert len(results) == 6 and all(r["status"] == "ok" and r["error_vs_eager"] <= 2 for r in results)
+
+
+@pytest.mark.slow
+def test_growing_lengths_run(tmp_path):
+    script("examples/flash_attention.py", "--tokens", "128,256", "--device", "cpu", "--out", str(tmp_path))
+    (out,) = tmp_path.glob("flash-attention-*.json")
+    found = json.loads(out.read_text())["results"]
+    assert [r["status"] for r in found] == ["ok"] * 4
+    assert all(r["attention"] == 2 and r["difference"] < 1e-5 for r in found if r["contender"] == "rewritten")
+    assert len(out.with_suffix(".md").read_text().splitlines()) == 4
+    script("examples/flash_attention.py", "--draw", str(out))
+
+
+def test_plot_of_growing_lengths(load, monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    found = [
+        ("standard", "ok", 128, 2.0),
+        ("rewritten", "ok", 128, 1.0),
+        ("standard", "oom", 256, None),
+        ("rewritten", "ok", 256, 3.0),
+    ]
+    results = [{"contender": name, "status": status, "tokens": n, "ms": x, "peak_mb": x} for name, status, n, x in found]
+    payload = {"environment": ENVIRONMENT, "size": {"layers": 2}, "results": results}
+    assert load("flash_attention").plot(payload, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
