@@ -210,7 +210,9 @@ def _checked(v: Tensor, operands: Sequence[Tensor], spec: RecurrenceSpec) -> dic
     return x
 
 
-def _one_dtype(v: Tensor, x: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+def _one_dtype(v: Tensor, x: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    if v.dtype == x["q"].dtype == x["k"].dtype:
+        return v, x
     dtype = product_dtype({**x, "v": v})
     return v.to(dtype), {**x, "q": x["q"].to(dtype), "k": x["k"].to(dtype)}
 

@@ -1,8 +1,8 @@
 """The recurrence template for decays along one dimension of the state, a chunk of C steps at a time.
 
-Say that the state S [N, M] decays along N, with x [T, N] its reader and y [T, N] its writer there, w [T, M] the writer and z [T, M] the
-reader (in a gradient) along M. For a decay of each key these are q, k, v and do; for one of each value do, v, k and q. With G the
-running sum of the logarithms in a chunk and S the state that enters it,
+Say that the state S [N, M] decays along N, with x [T, N] its reader and y [T, N] its writer there, w [T, M] the writer and z [T, M]
+the reader (in a gradient) along M. For a decay of each key these are q, k, v and do; for one of each value do, v, k and q. With G
+the running sum of the logarithms in a chunk and S the state that enters it,
 
     reads_i = x_i exp(G_i)      writes_j = y_j exp(G_C - G_j)      A_ij = sum_n x_in y_jn exp(G_in - G_jn), j <= i
 
@@ -17,9 +17,11 @@ The rest are sums over pairs of steps of a chunk, and of what the states that we
     dx_i = exp(G_i) (S z_i) + sum_{j <= i} s_ij y_j exp(G_i - G_j)            (dq by key, the output by value)
     dy_j = exp(G_C - G_j) (R w_j) + sum_{i >= j} s_ij x_i exp(G_i - G_j)      (dk by key, dv by value)
 
-and the gradient of each logarithm, the sum over all pairs of steps that it lies between. Where the decays of a chunk are not mild it
-is halved again and again: pairs of a later half's i and an earlier half's j part at the border between them, at which no factor is
-large.
+and the gradient of each logarithm, the sum over all pairs of steps that it lies between.
+
+Where the decays of a chunk are mild, exp(G_i - G_j) is a factor of i and one of j, both relative to G_C / 2. Where they are not,
+the chunk is far, and halved again and again: pairs of a later half's i and an earlier half's j part at the border between them, at
+which no factor is large. Far chunks have launches of their own, which find nothing to do where there are none.
 
 Gates are in units of log2. No dot takes the transpose of another dot's result, which Triton 3.2 to 3.7 computes wrongly on Hopper.
 """
@@ -367,8 +369,9 @@ def pairs_kernel(
     """One chunk of BLOCK columns of DX and DY, those that are given, and of Slopes [B, H, T, N], the gradient of the logarithms.
 
     Starts, Ends [B, H, CHUNKS, BLOCK_N, M]: the states that entered the chunk, S, and on the way back, R; StartColumns, EndColumns
-    [B, H, CHUNKS, BLOCK_N] their additional columns. FAR: the chunks that Far [B, H, CHUNKS] names, else the others. The gradient of a logarithm adds what
-    came from beyond the chunk and what comes from pairs in it, each summed over rows in the chunk alone: nothing large cancels.
+    [B, H, CHUNKS, BLOCK_N] their additional columns. FAR: the chunks that Far [B, H, CHUNKS] names, else the others. The gradient
+    of a logarithm adds what came from beyond the chunk and what comes from pairs in it, each summed over rows of the chunk alone:
+    nothing large cancels.
     """
     c = tl.program_id(0) % CHUNKS
     head = wide(tl.program_id(0) // CHUNKS)

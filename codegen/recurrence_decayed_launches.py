@@ -40,8 +40,8 @@ def weigh(start, x, y, gates, bonus, shape, tile):
     writes, decays, far = empty(chunk, width), empty(width, dtype=torch.float32), empty(dtype=torch.int32)
     values = {
         "X": x, "Y": y, "Gate": gate, "Rate": rate, "Bonus": bonus, "Reads": reads, "Writes": writes, "Weights": weights,
-        "Decays": decays, "Far": far, "GROUP_X": 1 if x is None else heads // x.shape[1], "GROUP_Y": heads // y.shape[1], "H": heads, "T": t,
-        "CHUNKS": chunks, **strided("x", "bhtd", x), **strided("y", "bhtd", y), **strided("g", "bhtd", gate),
+        "Decays": decays, "Far": far, "GROUP_X": 1 if x is None else heads // x.shape[1], "GROUP_Y": heads // y.shape[1],
+        "H": heads, "T": t, "CHUNKS": chunks, **strided("x", "bhtd", x), **strided("y", "bhtd", y), **strided("g", "bhtd", gate),
         **strided("r", "bhtd", rate), **strided("u", "bhtd", bonus),
     }  # fmt: skip
     for distant in (False, True) if x is not None else (False,):

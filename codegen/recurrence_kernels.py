@@ -8,13 +8,15 @@ In a chunk that is entered with state S, with G the running sum of the logarithm
     S <- exp(G_C) * S + sum_j exp(G_C - G_j) * k_j v_j^T
 
 where exp(G_i - G_j) = exp(G_i - r) exp(r - G_j), r = G_C / 2, is a factor of what is read and one of what was written, unless they
-leave the range of the operands. The gradients are the same recurrence with the parts exchanged, so that one kernel serves all four (docs of `recurrence_launches`):
+leave the range of the operands: heads with such chunks have launches of their own. The gradients are the same recurrence with the
+parts exchanged, so that one kernel serves all four (docs of `recurrence_launches`):
 
     o:  reads q, writes k v^T, forwards            dv: reads k, writes q do^T, backwards
     dq: reads do, writes v k^T, forwards           dk: reads v, writes do q^T, backwards
 
 Names say the part: Q [T, N] reads, K [T, N] and V [T, M] write, the state is [N, M], of which a program holds BLOCK_M columns. The
-decay is one for the state; decays by row or column have their own template, `recurrence_decayed_kernels`. Gates are in units of log2.
+decay is one for the state; decays by row or column have a template of their own, `recurrence_decayed_kernels`. Gates are in units
+of log2.
 The delta rule's inverse T = (I - N)^-1 would be made of the same weights where a chunk is entered, and W replace what V writes.
 
 No dot takes the transpose of another dot's result, which Triton 3.2 to 3.7 computes wrongly on Hopper; on Blackwell each has its
@@ -38,7 +40,6 @@ from .recurrence_gates import (
     RATED,
     RESET,
     RUNTIME,
-    SUMMED,
     load_gates,
     load_rows,
 )
@@ -133,8 +134,8 @@ def slopes_kernel(Sums, Differences, Parts, Slopes, T, CHUNKS, BLOCKS, SHARES, C
 
 @triton.jit(do_not_specialize=RUNTIME)
 def replay_kernel(
-    Q, K, V, Out, Normaliser, Gate, Rate, ChunkSums, ChunkCounts, Far, Bonus, Left, Right, Initial, Final, Totals, Along, States, Sums,
-    Differences, Parts,
+    Q, K, V, Out, Normaliser, Gate, Rate, ChunkSums, ChunkCounts, Far, Bonus, Left, Right, Initial, Final, Totals, Along, States,
+    Sums, Differences, Parts,
     stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_kt, stride_kd,
     stride_vb, stride_vh, stride_vt, stride_vd, stride_ob, stride_oh, stride_ot, stride_od,
     stride_gb, stride_gh, stride_gt, stride_gd, stride_rb, stride_rh, stride_rt, stride_rd,

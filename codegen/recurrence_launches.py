@@ -30,8 +30,10 @@ SAVED_DTYPE = torch.bfloat16  # of the states that are kept for the gradient of 
 
 
 def chunk_sums(start, gates, t, chunk, reverse):
-    """The running sums of the logarithms in each chunk and the counts of resets, [B, H, chunks, C] each, in the order of travel, and
-    which chunks are far, [B, H, chunks]."""
+    """The running sums of the logarithms in each chunk and the counts of resets, [B, H, chunks, C] each, in the order of travel.
+
+    The third result, [B, H, chunks], says which chunks are far.
+    """
     gate, rate = gates
     batch, heads = gate.shape[:2]
     chunks = tile_count(t, chunk)
@@ -163,7 +165,7 @@ def backward_in_chunks(
     start, grad, along_ones, grad_final, v, q, k, gates, bonus, initial, dv, dq, dk, d_initial, slopes, segments, tile
 ):
     """Three passes; `along_ones`: the gradient of the normaliser, [B, H, T]."""
-    weighed, chunk = lambda along, way: dict[str, object](), None  # noqa: E731
+    weighed, chunk = lambda along, way: dict[str, object](), None
     if GATED:
         if slopes is not None:
             kept, chunk = weighing(start, v, k, v.shape[2], tile)

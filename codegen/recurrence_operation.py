@@ -68,8 +68,9 @@ def forward(v, q, k, *, gate=None, rate=None, bonus=None, initial=None, layout="
     state is written; for up to FEW steps that may be `initial`.
     """
     batch, heads, t, d_v = v.shape
-    tile, parts = choice(v, k, tile)
-    segments = segments or parts
+    if tile is None or segments is None:
+        tile, parts = choice(v, k, tile)
+        segments = segments or parts
     out = empty_like_order(v, layout)
     normaliser = torch.empty((batch, heads, t) if NORMALISED else (0,), dtype=torch.float32, device=v.device)
     if final is None:
@@ -126,8 +127,9 @@ def backward(
     """
     batch, heads, t, d_v = v.shape
     device = v.device
-    tile, parts = choice(v, k, tile)
-    segments = segments or parts
+    if tile is None or segments is None:
+        tile, parts = choice(v, k, tile)
+        segments = segments or parts
     grad = torch.zeros_like(v) if grad is None else grad.to(v.dtype)
     along_ones = grad_normaliser
     if NORMALISED and grad_normaliser is None:

@@ -10,9 +10,12 @@ from typing import Any
 from ..ops.recurrence import RecurrenceSpec
 from . import emit, weave
 
-FLAGS = ("GATED", "VECTOR", "RATED", "CONSTANT", "SUMMED", "BEFORE", "BONUS", "BESIDE", "BY_VALUE", "NORMALISED", "JOINED")
+FLAGS = (
+    "GATED", "VECTOR", "RATED", "CONSTANT", "SUMMED", "BEFORE", "BONUS", "BESIDE", "BY_VALUE", "NORMALISED", "JOINED"
+)  # fmt: skip
 _SETTINGS = (
-    "PRECISION", "NEAR", "OUT_DTYPE", "SAVED_DTYPE", "FEW", "TILES", "EXCHANGED_TILES", "WEIGHTS", "FAR_WEIGHTS", "PAIRS", "STEP", "RUNTIME"
+    "PRECISION", "NEAR", "OUT_DTYPE", "SAVED_DTYPE", "FEW", "TILES", "EXCHANGED_TILES", "WEIGHTS", "FAR_WEIGHTS", "PAIRS",
+    "STEP", "RUNTIME",
 )  # fmt: skip
 _TEMPLATES = {"gates": "Loads", "state_kernels": "States", "hosts": "Launches", "operation": "Operation"}
 _IN_CHUNKS = {"kernels": "Chunks", "launches": "Passes"}

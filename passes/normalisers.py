@@ -55,7 +55,7 @@ def _read_of(other: Site, site: Site, read: Read, keys: Sequence[Factor], rows: 
     renamed = dict(zip(other.symbols, rows, strict=True))
 
     alike = (
-        total.before == read.before and total.beside is None and renamed[total.summed] is read.summed
+        total.before == read.before and total.beside is None and renamed[total.summed] == read.summed
         and leaves([_renamed(total.query, renamed)], site) == leaves([read.query], site)
         and leaves([_renamed(Factor(other.offset, other.index), renamed)], site) == leaves(keys, site)
         and _decays(other, renamed, site) == _decays(site, {}, site)

@@ -151,7 +151,7 @@ def _symbols_of(index: Index) -> set[Any]:
 
 def _column(site: Site, read: Read) -> Any:
     """The dimension of the values: the last that neither queries nor the decay depend on; else the last that queries do not."""
-    free = [x for x in site.symbols[1:] if x is not read.summed and x not in read.query.symbols and site.size(x) != 1]
+    free = [x for x in site.symbols[1:] if x != read.summed and x not in read.query.symbols and site.size(x) != 1]
     if not free:
         return None
     decays = frozenset() if site.coefficient is None else aligned(site.coefficient, site.symbols).symbols
