@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import importlib.util
 import json
 import os
@@ -9,13 +11,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from common import ROOT, failure
 
 MARK = "RESULT "
+TURN = "EFFCOMPILE_BENCH_TURN"
+"""The environment variable that names the file which children lock while they measure."""
 
 
 def run_child(script: str, arguments: list[str], *, timeout: float, variables: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -57,6 +61,18 @@ def answer(measure: Callable[[], dict[str, Any]]) -> None:
     except Exception as error:
         result = failure(error)
     print(MARK + json.dumps(result), flush=True)
+
+
+@contextlib.contextmanager
+def turn() -> Iterator[None]:
+    """While a child measures, children that run beside it do not; they import and compile."""
+    path = os.environ.get(TURN)
+    if not path:
+        yield
+        return
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def model_zoo() -> Any:

@@ -15,6 +15,7 @@ import contextlib
 import functools
 import importlib
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -50,8 +51,8 @@ TIMEOUT_S = 240.0
 NOTES = (
     "contenders take [B, T, H, D] tensors as they lie; fla-core's functions are called with scale 1 and without states",
     "effcompile is the operation that compiled graphs call, with its autograd formula",
-    "first_s leaves out imports; without jobs, later sizes of a row find what earlier ones compiled; with jobs, that many processes"
-    " compiled side by side",
+    "first_s leaves out imports; without jobs, later sizes of a row find what earlier ones compiled; with jobs, that many of"
+    " effcompile's processes compiled side by side; fla-core always tunes alone, since what it times decides what it runs",
 )
 
 
@@ -263,7 +264,7 @@ def bars(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def run(args: argparse.Namespace) -> None:
-    """All measurements, written out after each process; with `--jobs`, all of them side by side before, to fill the caches."""
+    """All measurements, written out after each process; with `--jobs`, effcompile's side by side before, to fill the caches."""
     budget, path = Budget(args.budget), result_path("recurrence", args.device, args.out)
     payload: dict[str, Any] = {"benchmark": "recurrence", "environment": environment(args.device), "notes": NOTES}
     payload |= {"dtype": "bfloat16", "seed": args.seed, "scale": args.scale, "jobs": args.jobs, "results": [], "bars": []}
@@ -279,10 +280,13 @@ def run(args: argparse.Namespace) -> None:
 
     own = tempfile.TemporaryDirectory(prefix="effcompile-bench-", ignore_cleanup_errors=True)
     with contextlib.nullcontext(args.caches) if args.caches else own as folder:
+        if args.tuned:
+            copy_tuning(Path(args.tuned), Path(folder))
         first: dict[tuple[str, ...], float] = {}
         if args.jobs:
             with ThreadPoolExecutor(args.jobs) as pool:
-                prepared = list(pool.map(lambda pair: results_of(*pair, args.prepare), pairs))
+                ours = [pair for pair in pairs if pair[1] == "effcompile"]
+                prepared = list(pool.map(lambda pair: results_of(*pair, args.prepare), ours))
             first = {identity(x): x["first_s"] for results in prepared for x in results if "first_s" in x}
         for row, contender in pairs:
             for result in results_of(row, contender, max(1.0, min(TIMEOUT_S, budget.left))):
@@ -290,9 +294,19 @@ def run(args: argparse.Namespace) -> None:
                     result["first_s"] = first.get(identity(result), result["first_s"])
                 payload["results"].append(result)
                 show(result)
+            if args.tuned:
+                copy_tuning(Path(folder), Path(args.tuned))
             payload["bars"] = bars(payload["results"])
             write_json(path, payload)
     print(f"written to {path}")
+
+
+def copy_tuning(source: Path, target: Path) -> None:
+    """What Triton's autotuner found, a small file for each kernel, from one folder of caches to another."""
+    for found in source.rglob("*.autotune.json"):
+        kept = target / found.relative_to(source)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(found, kept)
 
 
 def identity(result: dict[str, Any]) -> tuple[str, ...]:
@@ -324,9 +338,10 @@ def main() -> None:
     parser.add_argument("--contenders", help="comma-separated parts of: " + ", ".join(CONTENDERS))
     parser.add_argument("--modes", default=",".join(MODES), help="comma-separated: forward, forward+backward")
     parser.add_argument("--budget", type=float, default=900.0, help="seconds; what does not fit is skipped")
-    parser.add_argument("--jobs", type=int, default=0, help="compile with so many processes side by side before measuring")
+    parser.add_argument("--jobs", type=int, default=0, help="compile effcompile's with so many processes side by side before")
     parser.add_argument("--prepare", type=float, default=300.0, help="seconds for each of them")
     parser.add_argument("--caches", help="a folder of compiled code to begin with and to keep: first calls are then no figures")
+    parser.add_argument("--tuned", help="a folder of fla-core's tuning to begin with and to keep: no first calls of it then")
     parser.add_argument("--scale", type=int, default=1, help="divide the steps by this: a quick try, not a figure")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(4), "little"))

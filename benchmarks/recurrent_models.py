@@ -2,10 +2,11 @@
 
     python benchmarks/recurrent_models.py [--models mamba,rwkv] [--widths 64] [--contenders eager,effarch] [--out FILE]
 
-Each pair of model and contender runs in a process of its own from empty caches. A result holds median milliseconds of a forward
-pass over the prompt, seconds of the first call, of those what Dynamo's tracing took (which no backend can shorten), and the
-relative L2 error of the logits against eager in float64 on a CPU, in float32 on a GPU. Widths are the published ones on a GPU; on a
-CPU 64, where the recurrence takes most of eager's time, and 512, where matrix products do, which all contenders share.
+Each pair of model and contender runs in a process of its own from empty caches; with `--jobs`, first calls share the processors. A
+result holds median milliseconds of a forward pass over the prompt, seconds of the first call, of those what Dynamo's tracing took
+(which no backend can shorten), and the relative L2 error of the logits against eager in float64 on a CPU, in float32 on a GPU.
+Widths are the published ones on a GPU; on a CPU 64, where the recurrence takes most of eager's time, and 512, where matrix products
+do, which all contenders share.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ import itertools
 import os
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from children import answer, run_child
+from children import TURN, answer, run_child, turn
 from common import (
     cache_environment,
     environment,
@@ -101,7 +103,8 @@ def child(name: str, contender: str, device: str, width: int) -> dict[str, Any]:
         result["dynamo_s"] = round(_dynamo_seconds(), 2)
     if contender == "effarch":
         result["recurrences"] = sum(d["family"] == "recurrence" and d["outcome"] == "rewritten" for d in report()["decisions"])
-    result["ms"] = round(median_ms(lambda: logits(compiled, tokens), device), 3)
+    with turn():
+        result["ms"] = round(median_ms(lambda: logits(compiled, tokens), device), 3)
     exact = logits(copy.deepcopy(model).to(torch.float64 if device == "cpu" else torch.float32), tokens)
     result["error"] = float(f"{relative_l2(out, exact):.3e}")
     return result
@@ -116,6 +119,15 @@ def _dynamo_seconds() -> float:
     return max(0.0, sum(outer) - sum(inner))
 
 
+def measured(case: tuple[str, int, str], device: str, timeout: float, variables: dict[str, str]) -> dict[str, Any]:
+    """The result of one model, width and contender, from a process of its own."""
+    name, width, contender = case
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        variables = variables | cache_environment(Path(folder))
+        found = run_child(__file__, [name, contender, device, str(width)], timeout=timeout, variables=variables)
+    return {"model": name, "width": width, "contender": contender, **found}
+
+
 def main() -> None:
     """Read the command line, run the children, write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -123,6 +135,7 @@ def main() -> None:
     parser.add_argument("--models", help="comma-separated parts of model names (default: all)")
     parser.add_argument("--widths", help="comma-separated (default: all)")
     parser.add_argument("--contenders", help="comma-separated parts of contender names (default: all)")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that import and compile side by side; they measure in turn")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds for one process")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", help="the JSON file (default: $OUT or benchmarks/results)")
@@ -132,16 +145,17 @@ def main() -> None:
         answer(lambda: child(*which, int(width)))
         return
     path = result_path("recurrent-models", args.device, args.out)
-    payload: dict[str, Any] = {"benchmark": "recurrent-models", "environment": environment(args.device), "results": []}
+    payload: dict[str, Any] = {"benchmark": "recurrent-models", "environment": environment(args.device), "jobs": args.jobs}
     widths = [width for width in WIDTHS[args.device] if not args.widths or str(width) in args.widths.split(",")]
-    for name, width in itertools.product(select(tuple(MODELS), args.models), widths):
-        for contender in select(tuple(CONTENDERS), args.contenders):
-            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-                variables = cache_environment(Path(folder))
-                found = run_child(__file__, [name, contender, args.device, str(width)], timeout=args.timeout, variables=variables)
-            payload["results"].append({"model": name, "width": width, "contender": contender, **found})
-            write_json(path, payload)
-            print(payload["results"][-1], flush=True)
+    cases = list(itertools.product(select(tuple(MODELS), args.models), widths, select(tuple(CONTENDERS), args.contenders)))
+    results: dict[tuple[str, int, str], dict[str, Any]] = {}
+    with tempfile.NamedTemporaryFile() as file, ThreadPoolExecutor(args.jobs) as pool:
+        variables = {TURN: file.name} if args.jobs > 1 else {}
+        running = {pool.submit(measured, case, args.device, args.timeout, variables): case for case in cases}
+        for done in as_completed(running):
+            results[running[done]] = done.result()
+            print(results[running[done]], flush=True)
+            write_json(path, payload | {"results": [results[case] for case in cases if case in results]})
     print(f"written to {path}")
 
 

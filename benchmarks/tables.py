@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -185,6 +186,25 @@ def _against(found: dict[str, Payload], peer: str, key: str, ours: str) -> str:
     return "out of memory" if other["status"] == "oom" else other["status"]
 
 
+def recurrence(payload: Payload) -> str:
+    """Kernels of recurrences against fla-core's, beside the floor."""
+    results = payload["results"]
+    header = ("recurrence", "B, T, H, D", "pass", "fla-core", "floor", "error / fla-core's", "first call, s", "fla-core's, s")
+    rows = []
+    for row, size, mode in dict.fromkeys((r["row"], r["size"], r["mode"]) for r in results):
+        found = _by_contender(results, row=row, size=size, mode=mode)
+        ours, theirs = found.get("effcompile", {}), found.get("fla", {"status": MISSING})
+        if ours.get("status") != "ok":
+            continue
+        speed = times(theirs["ms"], ours["ms"]) if theirs["status"] == "ok" else theirs["status"]
+        floor = MISSING if ours["of_floor"] is None else f"{ours['of_floor']:.2f}"
+        worst = [max(x["errors"].values()) if "errors" in x else None for x in (ours, theirs)]
+        first = [f"{x['first_s']:.0f}" if "first_s" in x else MISSING for x in (ours, theirs)]
+        rows.append((row, ", ".join(re.findall(r"[0-9]+k?", size)), mode, speed, floor, share(*worst), *first))
+    lead = "How many times faster than fla-core's kernels, which ran beside them, and the share of the floor."
+    return "\n\n".join(("#### Recurrences", lead, table(header, rows), source(payload)))
+
+
 def recurrent_models(payload: Payload) -> str:
     """Speed of whole recurrent models, and their first call, of which Dynamo's tracing is the same for all."""
     results = payload["results"]
@@ -262,6 +282,7 @@ SECTIONS: dict[str, Callable[[Payload], str]] = {
     "flash-attention": flash_attention,
     "training": training,
     "models": models,
+    "recurrence": recurrence,
     "recurrent-models": recurrent_models,
     "coverage": coverage,
     "compile-time": compile_time,

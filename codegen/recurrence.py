@@ -4,16 +4,17 @@
     gradients = backward(grad, grad_normaliser, grad_final, v, operands, out, spec)
 
 with operands and results as `ops.recurrence` says. States that k writes and q reads go through `recurrence_kernels`, chunk by
-chunk on the matrix units; states of one row and decays of each element through `scan`, step by step in registers.
+chunk on the matrix units, or `recurrence_decayed_kernels` where the decay differs from row to row or from column to column; states
+of one row and decays of each element through `scan`, step by step in registers.
 
 What a program holds and why, for B x H heads of a state [Dk, Dv] over T steps: the state stays in registers (BLOCK_M of its
 columns), and each chunk of C = 64 steps is read once. At D = 128, a chunk costs 64 (4 D BLOCK_M + 128 (D + BLOCK_M)) operations
 and brings 64 (2 D + BLOCK_M) elements, so that programs of 64 columns are bound by memory, and two of them share a processor of
 227 KB and 64 K registers: one computes while the other waits. Programs of 32 columns read q and k twice as often, from the
 second-level cache, and are taken where 64 would leave processors without work: at B 1, H 32, D 128 on 132 processors, 128
-programs of 32 columns. Fewer heads than that are cut in time, which reads k and v twice, see `recurrence_launches.plan`. Chunk
-states never go to memory, but for the gradient of a decay: one state for each chunk then saves what would otherwise be a
-difference of large sums.
+programs of 32 columns. Fewer heads than that are cut in time, which reads k and v twice, see `recurrence_hosts.plan`. At D = 256 a
+processor holds one program of 64 columns. Chunk states never go to memory, but for the gradients of a decay and of what it decays:
+one state for each chunk then saves what would otherwise be a difference of large sums.
 """
 
 from __future__ import annotations

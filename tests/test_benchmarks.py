@@ -120,6 +120,21 @@ def rendered(load: Any, payload: dict[str, Any]) -> list[str]:
     return [line for line in lines if line.startswith("|")][2:]
 
 
+def test_table_of_recurrences(load):
+    common = {"row": "gla", "size": "b1-t8k-h32-d128", "status": "ok", "mode": "forward"}
+    results = [
+        {**common, "contender": "effcompile", "ms": 0.4, "of_floor": 0.28, "first_s": 4.2, "errors": {"out": 2e-3, "dq": 3e-3}},
+        {**common, "contender": "fla", "ms": 0.8, "of_floor": 0.14, "first_s": 41.0, "errors": {"out": 4e-3}},
+        {**common, "contender": "effcompile", "mode": "forward+backward", "status": "crash"},
+        {**common, "row": "hgrn", "contender": "effcompile", "ms": 0.4, "of_floor": None, "first_s": 4.2, "errors": {"out": 1e-3}},
+        {**common, "row": "hgrn", "contender": "fla", "status": "no result in 9 s"},
+    ]
+    assert rendered(load, {"benchmark": "recurrence", "results": results}) == [
+        "| gla | 1, 8k, 32, 128 | forward | 2.00x | 0.28 | 0.75 | 4 | 41 |",
+        "| hgrn | 1, 8k, 32, 128 | forward | no result in 9 s | - | - | 4 | - |",
+    ]
+
+
 def test_table_of_training(load):
     common = {"tokens": 8192, "status": "ok"}
     results = [

@@ -74,12 +74,13 @@ def installed(wheel, tmp_path_factory) -> Path:
     return python.parent
 
 
-def test_wheel_holds_each_module_once(wheel):
+def test_the_wheel_holds_each_module_and_kernel_once(wheel):
     with zipfile.ZipFile(wheel) as archive:
         files = {name for name in archive.namelist() if ".dist-info/" not in name}
     expected = {f"effcompile/{path.relative_to(ROOT / 'effcompile')}" for path in (ROOT / "effcompile").glob("*.py")}
     expected |= {f"effcompile/ops/{path.name}" for path in (ROOT / "effcompile" / "ops").glob("*.py")}
     expected |= {f"effcompile/{room}/{path.name}" for room in PACKAGES[1:] for path in (ROOT / room).glob("*.py")}
+    expected |= {f"effcompile/codegen/{path.name}" for path in (ROOT / "codegen").glob("*.cpp")}
     assert files == expected | {"effcompile/py.typed"}
 
 
