@@ -1,8 +1,7 @@
 """Recurrences on a CPU in C++: what compiles the kernels, and how they are called.
 
 The texts are `native_*.cpp` beside this file; a few constants before them make a kernel. Torch's own compiler for CPUs compiles
-them, in a second or less, beside the rest of the graph and once for a machine. Where there is no C++ compiler, the same is done in
-ATen.
+them beside the rest of the graph and once for a machine. Where there is no C++ compiler, the same is done in ATen.
 """
 
 from __future__ import annotations

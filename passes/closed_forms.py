@@ -16,13 +16,12 @@ from __future__ import annotations
 from torch.fx import GraphModule, Node
 
 from effcompile.ir import Rejected
-from effcompile.pattern import CASTS, describe
-from effcompile.viewmaps import VIEWS
+from effcompile.pattern import describe
 
 from .exact import name_of
 from .exact_moves import CUMULATIVE
 from .exact_operations import OPERATIONS
-from .factors import contractions_with
+from .factors import is_contracted
 from .prefixes import Component, Recurrence, survey
 from .scans import written
 from .tentative import Substitution
@@ -51,7 +50,7 @@ def find(module: GraphModule) -> tuple[list[Substitution], list[Rejected]]:
 def _has_cumulative(component: Component) -> bool:
     names = [name_of(node) for node in component.nodes]
     alone = all(name in CUMULATIVE for name in names)
-    return any(name in CUMULATIVE for name in names) and (not alone or any(_is_contracted(node) for node in component.nodes))
+    return any(name in CUMULATIVE for name in names) and (not alone or any(is_contracted(node) for node in component.nodes))
 
 
 def _is_wanted(recurrence: Recurrence) -> bool:
@@ -59,20 +58,7 @@ def _is_wanted(recurrence: Recurrence) -> bool:
     operands = recurrence.operands
     if operands.offset is None or not any(name_of(node) in CUMULATIVE for node in recurrence.interior):
         return False
-    return operands.coefficient is not None or _is_contracted(recurrence.node)
-
-
-def _is_contracted(node: Node) -> bool:
-    """Whether a contraction reads a node, through views and casts or directly."""
-    frontier, seen = [node], {node}
-    while frontier:
-        current = frontier.pop()
-        if contractions_with(current):
-            return True
-        passed = [user for user in current.users if (user.target in VIEWS or user.target in CASTS) and user not in seen]
-        seen.update(passed)
-        frontier += passed
-    return False
+    return operands.coefficient is not None or is_contracted(recurrence.node)
 
 
 def _is_weighted(node: Node) -> bool:

@@ -169,6 +169,19 @@ def contractions_with(operand: Node) -> list[Node]:
     return found
 
 
+def is_contracted(node: Node) -> bool:
+    """Whether a contraction reads a node, through views and casts or directly."""
+    frontier, seen = [node], {node}
+    while frontier:
+        current = frontier.pop()
+        if contractions_with(current):
+            return True
+        passed = [user for user in current.users if (user.target in VIEWS or user.target in CASTS) and user not in seen]
+        seen.update(passed)
+        frontier += passed
+    return False
+
+
 def sums_of(product: Node) -> list[Node]:
     """What uses a product, directly or through casts."""
     found: list[Node] = []

@@ -19,9 +19,9 @@ from torch.fx import GraphModule, Node
 from effcompile.builder import Builder, is_tensor_node
 from effcompile.ir import Rejected
 from effcompile.pattern import CASTS
-from effcompile.viewmaps import VIEWS, shape_of
+from effcompile.viewmaps import shape_of
 
-from .factors import contractions_with
+from .factors import is_contracted
 from .scans import scan_of
 from .tentative import Stop, Substitution, substitutions
 
@@ -56,7 +56,7 @@ def _sites(module: GraphModule) -> Iterator[tuple[Node, Callable[[Builder], Subs
         if write.target is aten.copy_.default and write.args[0].op == "placeholder":
             passed = _copies(write.args[1])
             new = passed[-1]
-            if is_tensor_node(new) and new.target is aten.add.Tensor and any(_is_contracted(node) for node in passed):
+            if is_tensor_node(new) and new.target is aten.add.Tensor and any(is_contracted(node) for node in passed):
                 yield new, partial(_substitution, write, passed)
 
 
@@ -131,16 +131,3 @@ def _offset(builder: Builder, offset: Node, new: Node) -> Node:
             raise Stop("what is added to the state is expanded to symbolic sizes")
         offset = builder.call(aten.expand.default, offset, list(value.shape))
     return builder.call(aten.unsqueeze.default, offset, 0)
-
-
-def _is_contracted(node: Node) -> bool:
-    """Whether a product reads a node, through views and casts or directly."""
-    frontier, seen = [node], {node}
-    while frontier:
-        current = frontier.pop()
-        if contractions_with(current):
-            return True
-        passed = [user for user in current.users if (user.target in VIEWS or user.target in CASTS) and user not in seen]
-        seen.update(passed)
-        frontier += passed
-    return False
