@@ -23,8 +23,8 @@ TILES = (
     {"BLOCK_M": 32, "C": 64, "num_warps": 4, "num_stages": 3},
 )
 WEIGHTS = {"BLOCK": 64, "num_warps": 4}
-FAR_WEIGHTS = {"BLOCK": 64, "num_warps": 4}  # of chunks whose decays are strong
-PAIRS = {"BLOCK": 64, "BLOCK_M": 64, "num_warps": 8}
+FAR_WEIGHTS = {"BLOCK": 64, "num_warps": 8}  # of chunks whose decays are strong
+PAIRS = {"BLOCK": 32, "BLOCK_M": 64, "num_warps": 4}
 SAVED_DTYPE = torch.bfloat16  # of the states that enter chunks
 
 # --------------------------------------------------------------------------------------------------------------------- Launches
@@ -45,19 +45,9 @@ def weigh(start, x, y, gates, bonus, shape, tile):
         **strided("r", "bhtd", rate), **strided("u", "bhtd", bonus),
     }  # fmt: skip
     for distant in (False, True) if x is not None else (False,):
-        tile = {**(FAR_WEIGHTS if distant else WEIGHTS)}
-        tile["BLOCK"] = min(tile["BLOCK"], width)
-        launch(
-            start,
-            weights_kernel,
-            (batch * heads * chunks, 1, 1),
-            values,
-            FAR=distant,
-            N=y.shape[-1],
-            BLOCK_N=width,
-            C=chunk,
-            **tile,
-        )
+        options = {"FAR": distant, "N": y.shape[-1], "BLOCK_N": width, "C": chunk, **(FAR_WEIGHTS if distant else WEIGHTS)}
+        options["BLOCK"] = min(options["BLOCK"], width)
+        launch(start, weights_kernel, (batch * heads * chunks, 1, 1), values, **options)
     return reads, writes, weights, decays, far
 
 
