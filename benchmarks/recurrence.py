@@ -48,11 +48,13 @@ SHAPES["b8-t1k-h8-d64"] = (8, 1024, 8, 64)
 CHUNK = 64
 SMALL = (1, 1024, 2)  # batch, steps and heads at which errors are measured
 TIMEOUT_S = 240.0
+KEPT_TUNING = ("TRITON_CACHE_AUTOTUNING", "FLA_CACHE_RESULTS")
+"""The environment variables that make fla-core's autotuning last from one process to the next."""
 NOTES = (
     "contenders take [B, T, H, D] tensors as they lie; fla-core's functions are called with scale 1 and without states",
     "effcompile is the operation that compiled graphs call, with its autograd formula",
-    "first_s leaves out imports; without jobs, later sizes of a row find what earlier ones compiled; with jobs, that many of"
-    " effcompile's processes compiled side by side; fla-core always tunes alone, since what it times decides what it runs",
+    "first_s leaves out imports; without jobs, later sizes of a row find what earlier ones compiled; with jobs, that many"
+    " processes compiled side by side, one for each size; fla-core then tunes again, alone: what it times decides what it runs",
 )
 
 
@@ -264,19 +266,24 @@ def bars(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def run(args: argparse.Namespace) -> None:
-    """All measurements, written out after each process; with `--jobs`, effcompile's side by side before, to fill the caches."""
+    """All measurements, written out after each process; with `--jobs`, side by side before, to fill the caches of compiled code."""
     budget, path = Budget(args.budget), result_path("recurrence", args.device, args.out)
     payload: dict[str, Any] = {"benchmark": "recurrence", "environment": environment(args.device), "notes": NOTES}
     payload |= {"dtype": "bfloat16", "seed": args.seed, "scale": args.scale, "jobs": args.jobs, "results": [], "bars": []}
     pairs = [(row, name) for row in select(list(FORMS), args.rows) for name in select(list(CONTENDERS), args.contenders)]
     asked = [f"{size}:{mode}" for size in select(list(SHAPES), args.sizes) for mode in args.modes.split(",")]
 
-    def results_of(row: str, contender: str, timeout: float) -> list[dict[str, Any]]:
-        arguments = [row, contender, args.device, str(args.seed), str(args.scale), *asked]
-        variables = {**cache_environment(Path(folder)), "TRITON_CACHE_AUTOTUNING": "1"}  # fla-core tunes once for all processes
+    def results_of(row: str, contender: str, names: list[str], timeout: float, *, tuning: bool = True) -> list[dict[str, Any]]:
+        arguments = [row, contender, args.device, str(args.seed), str(args.scale), *names]
+        variables = {**cache_environment(Path(folder)), **{name: str(int(tuning)) for name in KEPT_TUNING}}
         found, status = run_children(__file__, arguments, timeout=timeout, variables=variables)
-        missing = [dict(zip(("size", "mode"), name.split(":"), strict=True)) | status for name in asked[len(found) :]]
+        missing = [dict(zip(("size", "mode"), name.split(":"), strict=True)) | status for name in names[len(found) :]]
         return [{"row": row, "contender": contender, **result} for result in (*found, *missing)]
+
+    def prepared(job: tuple[str, str, str]) -> list[dict[str, Any]]:
+        row, contender, size = job
+        names = [name for name in asked if name.startswith(f"{size}:")]
+        return results_of(row, contender, names, args.prepare, tuning=False)
 
     own = tempfile.TemporaryDirectory(prefix="effcompile-bench-", ignore_cleanup_errors=True)
     with contextlib.nullcontext(args.caches) if args.caches else own as folder:
@@ -284,12 +291,12 @@ def run(args: argparse.Namespace) -> None:
             copy_tuning(Path(args.tuned), Path(folder))
         first: dict[tuple[str, ...], float] = {}
         if args.jobs:
+            jobs = [(*pair, size) for size in select(list(SHAPES), args.sizes) for pair in pairs]
             with ThreadPoolExecutor(args.jobs) as pool:
-                ours = [pair for pair in pairs if pair[1] == "effcompile"]
-                prepared = list(pool.map(lambda pair: results_of(*pair, args.prepare), ours))
-            first = {identity(x): x["first_s"] for results in prepared for x in results if "first_s" in x}
+                found = [x for results in pool.map(prepared, jobs) for x in results]
+            first = {identity(x): x["first_s"] for x in found if "first_s" in x}
         for row, contender in pairs:
-            for result in results_of(row, contender, max(1.0, min(TIMEOUT_S, budget.left))):
+            for result in results_of(row, contender, asked, max(1.0, min(TIMEOUT_S, budget.left))):
                 if "first_s" in result:
                     result["first_s"] = first.get(identity(result), result["first_s"])
                 payload["results"].append(result)
@@ -338,7 +345,7 @@ def main() -> None:
     parser.add_argument("--contenders", help="comma-separated parts of: " + ", ".join(CONTENDERS))
     parser.add_argument("--modes", default=",".join(MODES), help="comma-separated: forward, forward+backward")
     parser.add_argument("--budget", type=float, default=900.0, help="seconds; what does not fit is skipped")
-    parser.add_argument("--jobs", type=int, default=0, help="compile effcompile's with so many processes side by side before")
+    parser.add_argument("--jobs", type=int, default=0, help="compile with so many processes side by side before")
     parser.add_argument("--prepare", type=float, default=300.0, help="seconds for each of them")
     parser.add_argument("--caches", help="a folder of compiled code to begin with and to keep: first calls are then no figures")
     parser.add_argument("--tuned", help="a folder of fla-core's tuning to begin with and to keep: no first calls of it then")

@@ -103,12 +103,12 @@ def forward(
     """
     if steps_alone(spec):
         return _scan().forward(v, operands, spec, layout)
-    x = _checked(v, operands, spec)
-    if v.shape[2] == 0 or v.numel() == 0:
+    if v.numel() == 0:
+        _checked(v, operands, spec)
         return _nothing(v, operands, spec, layout)
-    module = _kernels(v, x, spec, config)
-    v, x = _one_dtype(v, x)
-    return module.forward(v, **x, layout=layout, **tried(module, spec, v, x, segments=segments))
+    module, choice = _ready(v, operands, spec, config, segments)
+    v, x = _one_dtype(v, spec.named(operands))
+    return module.forward(v, **x, layout=layout, **choice)
 
 
 def backward(
@@ -131,13 +131,13 @@ def backward(
     """
     if steps_alone(spec):
         return without_decay(_scan().backward(grad, grad_normaliser, grad_final, v, operands, out, spec), spec, decay)
-    x = _checked(v, operands, spec)
-    if v.shape[2] == 0 or v.numel() == 0:
+    if v.numel() == 0:
+        _checked(v, operands, spec)
         return without_decay(reference_backward(grad, grad_normaliser, grad_final, v, operands, out, spec), spec, decay)
-    module = _kernels(v, x, spec, config)
-    same_v, same = _one_dtype(v, x)
     grads = (grad, grad_normaliser, grad_final)
-    choice = tried(module, spec, same_v, same, grads=grads, decay=decay, segments=segments)
+    module, choice = _ready(v, operands, spec, config, segments, grads, decay)
+    x = spec.named(operands)
+    same_v, same = _one_dtype(v, x)
     found = module.backward(*grads, same_v, **same, weigh=decay, **choice)
     made = [found[name] if found[name] is None else _like(found[name], like) for name, like in {"v": v, **x}.items()]
     return without_decay(made, spec, decay)
@@ -166,6 +166,34 @@ def source(spec: RecurrenceSpec, problem: Problem, *, config: Config | None = No
         pairs={"BLOCK": config.pairs_block, "BLOCK_M": config.block, "num_warps": config.pairs_warps},
     )
     return source_text(spec, settings)
+
+
+_READY = dict[tuple[Any, ...], tuple[ModuleType, dict[str, int]]]()
+
+
+def _ready(
+    v: Tensor,
+    operands: Sequence[Tensor],
+    spec: RecurrenceSpec,
+    config: Config | None,
+    segments: int | None,
+    grads: Sequence[Tensor | None] | None = None,
+    decay: bool = True,
+) -> tuple[ModuleType, dict[str, int]]:
+    """The kernels for such operands, tried on this machine, and the `tile` and `segments` to call them with."""
+    given = None if grads is None else tuple(g is None for g in grads)
+    looks = [(x.shape, x.dtype) for x in (v, *operands)]
+    key = (spec, config, segments, given, decay, v.device, attention._directory, *looks)
+    found = _READY.get(key)
+    if found is None:
+        x = _checked(v, operands, spec)
+        module = _kernels(v, x, spec, config)
+        same_v, same = _one_dtype(v, x)
+        found = module, tried(module, spec, same_v, same, grads=grads, decay=decay, segments=segments)
+        if len(_READY) > 4096:
+            _READY.clear()
+        _READY[key] = found
+    return found
 
 
 def _scan() -> ModuleType:

@@ -362,7 +362,7 @@ def pairs_kernel(
     stride_gb, stride_gh, stride_gt, stride_gd, stride_rb, stride_rh, stride_rt, stride_rd,
     stride_ub, stride_uh, stride_ut, stride_ud, stride_eb, stride_eh, stride_et,
     stride_pb, stride_ph, stride_pt, stride_pd, stride_ob, stride_oh, stride_ot, stride_od,
-    GROUP_Z, GROUP_W, GROUP_X, GROUP_Y, H, T, CHUNKS,
+    GROUP_Z, GROUP_W, GROUP_X, GROUP_Y, H, T, CHUNKS, COLUMNS,
     FAR: tl.constexpr, N: tl.constexpr, M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
@@ -392,7 +392,7 @@ def pairs_kernel(
     from_end = tl.zeros([C, BLOCK], tl.float32)
     across = tl.zeros([BLOCK], tl.float32)
     WIDTH: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M * BLOCK_M
-    for first in range(0, M, BLOCK_M):
+    for first in range(0, COLUMNS, BLOCK_M):
         m = first + tl.arange(0, BLOCK_M)
         b_z = load_rows(z_base, i, inside, m, stride_zt, stride_zd, M, WIDTH)  # [C, M]
         b_w = load_rows(w_base, i, inside, m, stride_wt, stride_wd, M, WIDTH)

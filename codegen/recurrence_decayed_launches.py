@@ -99,7 +99,7 @@ def pairs(start, prepared, z, w, x, y, gates, bonus, starts, ends, extra, dx, dy
         "Z": z, "W": w, "X": x, "Y": y, "Gate": gate, "Rate": rate, "Bonus": bonus, "Starts": starts[0], "Ends": ends[0],
         "StartColumns": starts[1], "EndColumns": ends[1], "Extra": extra, "DX": dx, "DY": dy, "Slopes": slopes, "Far": prepared[-1],
         "GROUP_Z": heads // z.shape[1], "GROUP_W": heads // w.shape[1], "GROUP_X": 1 if x is None else heads // x.shape[1],
-        "GROUP_Y": heads // y.shape[1], "H": heads, "T": t, "CHUNKS": chunks,
+        "GROUP_Y": heads // y.shape[1], "H": heads, "T": t, "CHUNKS": chunks, "COLUMNS": m,
         **strided("z", "bhtd", z), **strided("w", "bhtd", w), **strided("x", "bhtd", x), **strided("y", "bhtd", y),
         **strided("g", "bhtd", gate), **strided("r", "bhtd", rate), **strided("u", "bhtd", bonus), **strided("e", "bht", extra),
         **strided("p", "bhtd", dx), **strided("o", "bhtd", dy),

@@ -29,7 +29,7 @@ RESET = tl.constexpr(-86.0)  # 2 ** RESET of a state is nothing: counted instead
 LEAST = tl.constexpr(-160.0)  # 2 ** LEAST is zero in float32
 NEAR = tl.constexpr(96.0)  # steps whose running sums stay within +-NEAR are one product: its factors fit the operands' range
 RUNTIME = [
-    "H", "T", "CHUNKS", "SEGMENT", "SEGMENTS", "SHARES",
+    "H", "T", "CHUNKS", "SEGMENT", "SEGMENTS", "SHARES", "COLUMNS",
     "GROUP_Q", "GROUP_K", "GROUP_V", "GROUP_A", "GROUP_W", "GROUP_X", "GROUP_Y", "GROUP_Z",
 ]  # fmt: skip  # parameters whose values no kernel is compiled for
 

@@ -8,7 +8,7 @@ In a chunk that is entered with state S, with G the running sum of the logarithm
     S <- exp(G_C) * S + sum_j exp(G_C - G_j) * k_j v_j^T
 
 where exp(G_i - G_j) = exp(G_i - r) exp(r - G_j), r = G_C / 2, is a factor of what is read and one of what was written, unless they
-leave the range of the operands: heads with such chunks have launches of their own. The gradients are the same recurrence with the
+leave the range of the operands: heads with such chunks take a way of their own. The gradients are the same recurrence with the
 parts exchanged, so that one kernel serves all four (docs of `recurrence_launches`):
 
     o:  reads q, writes k v^T, forwards            dv: reads k, writes q do^T, backwards
@@ -132,8 +132,8 @@ def slopes_kernel(Sums, Differences, Parts, Slopes, T, CHUNKS, BLOCKS, SHARES, C
 # ------------------------------------------------------------------------------------------------------------------------ Chunks
 
 
-@triton.jit(do_not_specialize=RUNTIME)
-def replay_kernel(
+@triton.jit
+def travel(
     Q, K, V, Out, Normaliser, Gate, Rate, ChunkSums, ChunkCounts, Far, Bonus, Left, Right, Initial, Final, Totals, Along, States,
     Sums, Differences, Parts,
     stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_kt, stride_kd,
@@ -147,20 +147,7 @@ def replay_kernel(
     WEIGH: tl.constexpr, START: tl.constexpr, FINISH: tl.constexpr, N: tl.constexpr, M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """One segment of time of BLOCK_M columns of one head's state.
-
-    EMIT: write Out; otherwise only what the segment does to a state, Final and Totals. REVERSE: time runs backwards, over the
-    same chunks. EXCHANGED: the state is [Dv, Dk]. EXTRA: the state's additional column, which V meets with ones (1), or its
-    additional row, which Q meets with Left (2) or K with Right (3), the other with ones. START, FINISH: Initial and Final are
-    there. FAR: heads of which some chunk is far, the others are another launch's. WEIGH: on the way of dq (1), keep the state that
-    enters each chunk and sums of q dq; on that of dk (2), what the gradient of the logarithms is made of. With S the state that
-    enters a chunk and R that which enters it on the way back,
-
-        dg_t = sum_m decay R S + sum_{i >= t} q_i dq_i + sum_{i < t} k_i dk_i - sum_{i >= t} k_i dk_i
-
-    where the first sum of k dk counts what came from beyond the chunk, the second what came from within: nothing large cancels.
-    The sums over steps and columns are left to `slopes_kernel`.
-    """
+    """`replay_kernel` of heads of which some chunk is far, FAR, or none."""
     block = tl.program_id(0) % tl.cdiv(M, BLOCK_M)
     head = wide(tl.program_id(0) // tl.cdiv(M, BLOCK_M))
     b = head // H
@@ -198,15 +185,6 @@ def replay_kernel(
         passed = 0.0
         if CONSTANT:
             one = load_gates(g_base, r_base, head >= 0)
-            far = tl.abs(one) * (0.5 * C) > NEAR
-        else:
-            most = tl.zeros([128], tl.int32)
-            for first in range(0, CHUNKS, 128):
-                at = first + tl.arange(0, 128)
-                most = tl.maximum(most, tl.load(Far + head * CHUNKS + at, mask=at < CHUNKS, other=0))
-            far = tl.max(most, 0) > 0
-        if far != FAR:
-            return
 
     for step in range(0, steps):
         c = segment * SEGMENT + step
@@ -408,3 +386,60 @@ def replay_kernel(
             tl.store(f_at + N * stride_fn + m * stride_fm, row.to(f_type), mask=m < M)
     if GATED and not EMIT:
         tl.store(Totals + head * SEGMENTS + segment, tl.exp2(passed), mask=block == 0)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def replay_kernel(
+    Q, K, V, Out, Normaliser, Gate, Rate, ChunkSums, ChunkCounts, Far, Bonus, Left, Right, Initial, Final, Totals, Along, States,
+    Sums, Differences, Parts,
+    stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_kt, stride_kd,
+    stride_vb, stride_vh, stride_vt, stride_vd, stride_ob, stride_oh, stride_ot, stride_od,
+    stride_gb, stride_gh, stride_gt, stride_gd, stride_rb, stride_rh, stride_rt, stride_rd,
+    stride_ub, stride_uh, stride_ut, stride_ud, stride_lb, stride_lh, stride_lt, stride_xb, stride_xh, stride_xt,
+    stride_ib, stride_ih, stride_is, stride_in, stride_im, stride_fb, stride_fh, stride_fs, stride_fn, stride_fm,
+    stride_ab, stride_ah, stride_at, stride_ad,
+    GROUP_Q, GROUP_K, GROUP_V, GROUP_A, H, T, CHUNKS, SEGMENT, SEGMENTS,
+    EMIT: tl.constexpr, REVERSE: tl.constexpr, EXCHANGED: tl.constexpr, EXTRA: tl.constexpr,
+    WEIGH: tl.constexpr, START: tl.constexpr, FINISH: tl.constexpr, N: tl.constexpr, M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """One segment of time of BLOCK_M columns of one head's state.
+
+    EMIT: write Out; otherwise only what the segment does to a state, Final and Totals. REVERSE: time runs backwards, over the
+    same chunks. EXCHANGED: the state is [Dv, Dk]. EXTRA: the state's additional column, which V meets with ones (1), or its
+    additional row, which Q meets with Left (2) or K with Right (3), the other with ones. START, FINISH: Initial and Final are
+    there. WEIGH: on the way of dq (1), keep the state that enters each chunk and sums of q dq; on that of dk (2), what the gradient
+    of the logarithms is made of. With S the state that enters a chunk and R that which enters it on the way back,
+
+        dg_t = sum_m decay R S + sum_{i >= t} q_i dq_i + sum_{i < t} k_i dk_i - sum_{i >= t} k_i dk_i
+
+    where the first sum of k dk counts what came from beyond the chunk, the second what came from within: nothing large cancels.
+    The sums over steps and columns are left to `slopes_kernel`.
+    """
+    head = wide(tl.program_id(0) // tl.cdiv(M, BLOCK_M))
+    distant = False
+    if GATED:
+        if CONSTANT:
+            g_base = Gate + head // H * stride_gb + head % H * stride_gh
+            r_base = Rate
+            if RATED:
+                r_base = Rate + head // H * stride_rb + head % H * stride_rh
+            distant = tl.abs(load_gates(g_base, r_base, head >= 0)) * (0.5 * C) > NEAR
+        else:
+            most = tl.zeros([128], tl.int32)
+            for first in range(0, CHUNKS, 128):
+                at = first + tl.arange(0, 128)
+                most = tl.maximum(most, tl.load(Far + head * CHUNKS + at, mask=at < CHUNKS, other=0))
+            distant = tl.max(most, 0) > 0
+    for FAR in tl.static_range(0, 2 if GATED else 1):
+        if distant == (FAR == 1):
+            travel(
+                Q, K, V, Out, Normaliser, Gate, Rate, ChunkSums, ChunkCounts, Far, Bonus, Left, Right, Initial, Final, Totals,
+                Along, States, Sums, Differences, Parts, stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh,
+                stride_kt, stride_kd, stride_vb, stride_vh, stride_vt, stride_vd, stride_ob, stride_oh, stride_ot, stride_od,
+                stride_gb, stride_gh, stride_gt, stride_gd, stride_rb, stride_rh, stride_rt, stride_rd, stride_ub, stride_uh,
+                stride_ut, stride_ud, stride_lb, stride_lh, stride_lt, stride_xb, stride_xh, stride_xt, stride_ib, stride_ih,
+                stride_is, stride_in, stride_im, stride_fb, stride_fh, stride_fs, stride_fn, stride_fm, stride_ab, stride_ah,
+                stride_at, stride_ad, GROUP_Q, GROUP_K, GROUP_V, GROUP_A, H, T, CHUNKS, SEGMENT, SEGMENTS, EMIT, REVERSE,
+                EXCHANGED, EXTRA, FAR, WEIGH, START, FINISH, N, M, BLOCK_N, BLOCK_M, C,
+            )  # fmt: skip

@@ -99,18 +99,21 @@ def replay(
     grid = (batch * heads * tile_count(m, tile["BLOCK_M"]), segments, 1)
     if segments == 1:
         values |= {**ends, "stride_is": 0, "stride_fs": 0}
-        launch_replay(start, grid, values, EMIT=True, WEIGH=weigh, START=initial is not None, FINISH=final is not None, **options)
+        launch(
+            start,
+            replay_kernel,
+            grid,
+            values,
+            EMIT=True,
+            WEIGH=weigh,
+            START=initial is not None,
+            FINISH=final is not None,
+            **options,
+        )
         return
     slots = entering(start, values, ends, options, (batch, heads, segments, n + (extra >= 2), m + (extra == 1)), grid)
     values |= {"Initial": slots, "Final": None, **strided("i", "bhsnm", slots), **strided("f", "bhsnm", None)}
-    launch_replay(start, grid, values, EMIT=True, WEIGH=weigh, START=True, FINISH=False, **options)
-
-
-def launch_replay(start, grid, values, **options):
-    """Twice where there is a decay: heads whose decays are mild, and heads some of whose are not."""
-    launch(start, replay_kernel, grid, values, FAR=False, **options)
-    if GATED:
-        launch(start, replay_kernel, grid, values, FAR=True, **options)
+    launch(start, replay_kernel, grid, values, EMIT=True, WEIGH=weigh, START=True, FINISH=False, **options)
 
 
 def entering(start, values, ends, options, shape, grid):
@@ -119,7 +122,7 @@ def entering(start, values, ends, options, shape, grid):
     totals = start.empty((*shape[:3], 1), torch.float32)
     summed = values | {"Totals": totals, "Initial": None, "Final": slots, "Out": None, "Normaliser": None}
     summed |= {**strided("i", "bhsnm", None), **strided("f", "bhsnm", slots)}
-    launch_replay(start, grid, summed, EMIT=False, WEIGH=0, START=False, FINISH=True, **options)
+    launch(start, replay_kernel, grid, summed, EMIT=False, WEIGH=0, START=False, FINISH=True, **options)
     carry(start, slots, totals, ends)
     return slots
 

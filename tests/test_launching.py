@@ -178,7 +178,11 @@ class Launches:
 
     def __init__(self, tmp_path: Path) -> None:
         self.module, self.got = kernels(CAUSAL, "sm_90", tmp_path), []
-        self.kernel = SimpleNamespace(arg_names=["a", "b", "c"], warmup=lambda *args, grid, **options: {grid: self.note})
+        self.kernel = SimpleNamespace(arg_names=["a", "b", "c"], warmup=lambda *args, grid, **options: self)
+        self.function, self.packed_metadata = 1, None
+
+    def run(self, *args: Any) -> None:
+        self.note(*args[9:])  # behind the grid, the stream, the function, and what is said about them
 
     def note(self, *args: Any) -> None:
         self.got.append(args)
@@ -191,6 +195,7 @@ class Launches:
         return self.got.pop()
 
 
+@pytest.mark.usefixtures("driver")
 def test_views_are_found_in_later_calls(tmp_path: Path) -> None:
     launches = Launches(tmp_path)
 
@@ -203,6 +208,7 @@ def test_views_are_found_in_later_calls(tmp_path: Path) -> None:
     assert len(launches.module.PLANS) == 1
 
 
+@pytest.mark.usefixtures("driver")
 def test_one_tensor_in_two_places_is_no_plan_for_two_tensors(tmp_path: Path) -> None:
     launches = Launches(tmp_path)
 
@@ -216,6 +222,7 @@ def test_one_tensor_in_two_places_is_no_plan_for_two_tensors(tmp_path: Path) -> 
     assert len(launches.module.PLANS) == 2
 
 
+@pytest.mark.usefixtures("driver")
 def test_parts_of_one_memory_are_told_apart_or_left_to_triton(tmp_path: Path) -> None:
     launches = Launches(tmp_path)
     direct = SimpleNamespace(arg_names=["a", "b", "c"], warmup=launches.kernel.warmup)
@@ -248,6 +255,23 @@ def test_a_plan_keeps_no_memory_alive(driver: Noting, tmp_path: Path, arch: str)
     assert [x() for x in alive] == [None] * len(alive)
 
 
+@pytest.mark.usefixtures("driver")
+def test_who_observes_launches_is_told_by_triton(tmp_path: Path) -> None:
+    launches, x = Launches(tmp_path), torch.zeros(8)
+    launches.addresses(lambda start: start(launches.kernel, (1, 1, 1), x, x, 7), x)
+    ways: list[str] = []
+    launches.run = lambda *args: ways.append("past it")  # type: ignore[method-assign]
+    launches.note = lambda *args: ways.append("by Triton")  # type: ignore[method-assign]
+    observer = lambda metadata: None  # noqa: E731
+    for hooked in (False, True):
+        if hooked:
+            triton.knobs.runtime.launch_enter_hook.add(observer)
+        launches.module.begin(lambda start: start(launches.kernel, (1, 1, 1), x, x, 7), x)
+    triton.knobs.runtime.launch_enter_hook.remove(observer)
+    assert ways == ["past it", "by Triton"]
+
+
+@pytest.mark.usefixtures("driver")
 def test_scratch_is_new_memory_each_time(tmp_path: Path) -> None:
     launches = Launches(tmp_path)
     x = torch.zeros(8)
