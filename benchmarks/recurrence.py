@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from attention import MODES, PEAKS
-from children import answer, run_children
+from children import TURN, answer, run_children, turn
 from common import (
     Budget,
     cache_environment,
@@ -48,13 +48,11 @@ SHAPES["b8-t1k-h8-d64"] = (8, 1024, 8, 64)
 CHUNK = 64
 SMALL = (1, 1024, 2)  # batch, steps and heads at which errors are measured
 TIMEOUT_S = 240.0
-KEPT_TUNING = ("TRITON_CACHE_AUTOTUNING", "FLA_CACHE_RESULTS")
-"""The environment variables that make fla-core's autotuning last from one process to the next."""
 NOTES = (
     "contenders take [B, T, H, D] tensors as they lie; fla-core's functions are called with scale 1 and without states",
     "effcompile is the operation that compiled graphs call, with its autograd formula",
-    "first_s leaves out imports; without jobs, later sizes of a row find what earlier ones compiled; with jobs, that many"
-    " processes compiled side by side, one for each size; fla-core then tunes again, alone: what it times decides what it runs",
+    "first_s leaves out imports; without jobs, later sizes of a row find what earlier ones compiled; with jobs, that many processes"
+    " compiled side by side, one for each size; what is timed, by fla-core's autotuner too, is alone on the device",
 )
 
 
@@ -157,8 +155,23 @@ def effcompile_call(form: Form) -> Call:
     return call
 
 
+def tune_in_turn() -> None:
+    """While Triton's autotuner times a kernel, no other process measures: they compile."""
+    import triton
+
+    benchmarker = triton.runtime.driver.active.get_benchmarker()
+
+    def timed(call: Callable[[], Any], **options: Any) -> Any:
+        call()  # which compiles it
+        with turn():
+            return benchmarker(call, **options)
+
+    triton.runtime.driver.active.get_benchmarker = lambda: timed
+
+
 def fla_call(form: Form) -> Call:
     """fla-core's function for the form."""
+    tune_in_turn()
     module, _, name = form.peer.rpartition(".")
     function = getattr(importlib.import_module(f"fla.ops.{module}"), name)
 
@@ -232,11 +245,13 @@ def child(form: Form, contender: str, device: str, seed: int, scale: int, asked:
     call = CALLS[contender](form)
     for name in asked:
         size, mode = name.split(":")
-        answer(lambda size=size, mode=mode: {"size": size, "mode": mode, **measured(form, call, size, device, mode, seed, scale)})
+        checked = contender == "effcompile"  # another size would be tuned for once more
+        measure = functools.partial(measured, form, call, size, device, mode, seed, scale, checked=checked)
+        answer(lambda size=size, mode=mode, measure=measure: {"size": size, "mode": mode, **measure()})
 
 
-def measured(form: Form, call: Call, size: str, device: str, mode: str, seed: int, scale: int) -> dict[str, Any]:
-    """One measurement; a contender that fails is a result, and the others still run."""
+def measured(form: Form, call: Call, size: str, device: str, mode: str, seed: int, scale: int, *, checked: bool) -> dict[str, Any]:
+    """One measurement, with errors where they are `checked`; a contender that fails is a result, and the others still run."""
     b, t, h, d = SHAPES[size]
     shape = (b, t // scale, h, d)
     try:
@@ -244,11 +259,12 @@ def measured(form: Form, call: Call, size: str, device: str, mode: str, seed: in
         x = inputs_of(form, shape, device, seed)
         step = step_of(call, x, mode)
         _, first_s = first_call(step, device)
-        peak, ms, floor = peak_mb(step, device), median_ms(step, device), floor_ms(form, shape, device, mode)
+        with turn():
+            peak, ms, floor = peak_mb(step, device), median_ms(step, device), floor_ms(form, shape, device, mode)
         result: dict[str, Any] = {"status": "ok", "ms": round(ms, 4), "first_s": round(first_s, 2)}
         result |= {"peak_mb": None if peak is None else round(peak, 1), "floor_ms": floor and round(floor, 4)}
         result["of_floor"] = floor and round(floor / ms, 3)
-        return result | {"errors": errors_of(form, call, d, device, mode, seed)}
+        return result | ({"errors": errors_of(form, call, d, device, mode, seed)} if checked else {})
     except Exception as error:
         return failure(error)
 
@@ -273,9 +289,9 @@ def run(args: argparse.Namespace) -> None:
     pairs = [(row, name) for row in select(list(FORMS), args.rows) for name in select(list(CONTENDERS), args.contenders)]
     asked = [f"{size}:{mode}" for size in select(list(SHAPES), args.sizes) for mode in args.modes.split(",")]
 
-    def results_of(row: str, contender: str, names: list[str], timeout: float, *, tuning: bool = True) -> list[dict[str, Any]]:
+    def results_of(row: str, contender: str, names: list[str], timeout: float) -> list[dict[str, Any]]:
         arguments = [row, contender, args.device, str(args.seed), str(args.scale), *names]
-        variables = {**cache_environment(Path(folder)), **{name: str(int(tuning)) for name in KEPT_TUNING}}
+        variables = {**cache_environment(Path(folder)), "TRITON_CACHE_AUTOTUNING": "1", TURN: str(Path(folder, "turn"))}
         found, status = run_children(__file__, arguments, timeout=timeout, variables=variables)
         missing = [dict(zip(("size", "mode"), name.split(":"), strict=True)) | status for name in names[len(found) :]]
         return [{"row": row, "contender": contender, **result} for result in (*found, *missing)]
@@ -283,7 +299,7 @@ def run(args: argparse.Namespace) -> None:
     def prepared(job: tuple[str, str, str]) -> list[dict[str, Any]]:
         row, contender, size = job
         names = [name for name in asked if name.startswith(f"{size}:")]
-        return results_of(row, contender, names, args.prepare, tuning=False)
+        return results_of(row, contender, names, args.prepare)
 
     own = tempfile.TemporaryDirectory(prefix="effcompile-bench-", ignore_cleanup_errors=True)
     with contextlib.nullcontext(args.caches) if args.caches else own as folder:
@@ -291,10 +307,12 @@ def run(args: argparse.Namespace) -> None:
             copy_tuning(Path(args.tuned), Path(folder))
         first: dict[tuple[str, ...], float] = {}
         if args.jobs:
-            jobs = [(*pair, size) for size in select(list(SHAPES), args.sizes) for pair in pairs]
-            with ThreadPoolExecutor(args.jobs) as pool:
-                found = [x for results in pool.map(prepared, jobs) for x in results]
-            first = {identity(x): x["first_s"] for x in found if "first_s" in x}
+            for one in select(list(CONTENDERS), args.contenders):
+                jobs = [(row, one, size) for size in select(list(SHAPES), args.sizes) for row, other in pairs if other == one]
+                with ThreadPoolExecutor(args.jobs) as pool:
+                    found = [x for results in pool.map(prepared, jobs) for x in results]
+                first |= {identity(x): x["first_s"] for x in found if "first_s" in x}
+                print(f"{one}: compiled {len(found)} cases in {args.budget - budget.left:.0f} s", flush=True)
         for row, contender in pairs:
             for result in results_of(row, contender, asked, max(1.0, min(TIMEOUT_S, budget.left))):
                 if "first_s" in result:
@@ -327,10 +345,8 @@ def show(result: dict[str, Any]) -> None:
     if "ms" not in result:
         print(head, result["status"], result.get("error", "")[:140], flush=True)
         return
-    worst = max(result["errors"].values())
-    print(
-        f"{head}{result['ms']:9.4f} ms  floor {result['floor_ms']}  first {result['first_s']:6.1f} s  error {worst:.1e}", flush=True
-    )
+    error = f"  error {max(result['errors'].values()):.1e}" if "errors" in result else ""
+    print(f"{head}{result['ms']:9.4f} ms  floor {result['floor_ms']}  first {result['first_s']:6.1f} s{error}", flush=True)
 
 
 def main() -> None:
