@@ -186,23 +186,61 @@ def _against(found: dict[str, Payload], peer: str, key: str, ours: str) -> str:
     return "out of memory" if other["status"] == "oom" else other["status"]
 
 
+RAISES = {"error": "raises"}
+
+
 def recurrence(payload: Payload) -> str:
     """Kernels of recurrences against fla-core's, beside the floor."""
     results = payload["results"]
-    header = ("recurrence", "B, T, H, D", "pass", "fla-core", "floor", "error / fla-core's", "first call, s", "fla-core's, s")
+    header = ("recurrence", "B, T, H, D", "pass", "fla-core", "floor", "error", "first call, s", "fla-core's, s")
     rows = []
     for row, size, mode in dict.fromkeys((r["row"], r["size"], r["mode"]) for r in results):
         found = _by_contender(results, row=row, size=size, mode=mode)
         ours, theirs = found.get("effcompile", {}), found.get("fla", {"status": MISSING})
         if ours.get("status") != "ok":
             continue
-        speed = times(theirs["ms"], ours["ms"]) if theirs["status"] == "ok" else theirs["status"]
+        speed = times(theirs["ms"], ours["ms"]) if theirs["status"] == "ok" else RAISES.get(theirs["status"], theirs["status"])
         floor = MISSING if ours["of_floor"] is None else f"{ours['of_floor']:.2f}"
-        worst = [max(x["errors"].values()) if "errors" in x else None for x in (ours, theirs)]
+        error = f"{max(ours['errors'].values()):.0e}"
         first = [f"{x['first_s']:.0f}" if "first_s" in x else MISSING for x in (ours, theirs)]
-        rows.append((row, ", ".join(re.findall(r"[0-9]+k?", size)), mode, speed, floor, share(*worst), *first))
+        rows.append((row, ", ".join(re.findall(r"[0-9]+k?", size)), mode, speed, floor, error, *first))
     lead = "How many times faster than fla-core's kernels, which ran beside them, and the share of the floor."
+    if any(RAISES["error"] in cells for cells in rows):
+        lead += " Where it raises, the result file says what."
     return "\n\n".join(("#### Recurrences", lead, table(header, rows), source(payload)))
+
+
+def recurrence_length(payload: Payload) -> str:
+    """Time and memory over the length, beside softmax attention."""
+    results = payload["results"]
+    header = ("tokens", "ms for 4096 tokens", "softmax attention's", "memory, MiB", "softmax attention's, MiB")
+    rows = []
+    for tokens in dict.fromkeys(r["tokens"] for r in results):
+        found = _by_contender(results, tokens=tokens)
+        pair = found.get("effcompile", {}), found.get("softmax attention", {})
+        rows.append((str(tokens), *(f"{x[key]:.3f}" if key in x else MISSING for key in ("ms_per_4096",) for x in pair)))
+        rows[-1] += tuple(f"{x['peak_mb']:.0f}" if x.get("peak_mb") else MISSING for x in pair)
+    lead = (
+        f"One forward pass of {payload['form']}, {payload['heads']} heads of {payload['width']}, beside torch's fused softmax"
+        f" attention: faster from {payload['crossover']} tokens on."
+    )
+    return "\n\n".join(("#### Length", lead, table(header, rows), source(payload)))
+
+
+def recurrent_decode(payload: Payload) -> str:
+    """Single steps that update a state, replayed from CUDA graphs."""
+    results = payload["results"]
+    header = ("step", "batch", "eager", "Inductor", "floor", "decided")
+    rows = []
+    for row, batch in dict.fromkeys((r["row"], r["batch"]) for r in results):
+        found = _by_contender(results, row=row, batch=batch)
+        ours = found.get("effarch", {})
+        if not ours.get("graph_ms"):
+            continue
+        speed = [times(_value(found, peer, "graph_ms"), ours["graph_ms"]) for peer in ("eager", "inductor")]
+        rows.append((row, str(batch), *speed, f"{ours['of_floor']:.2f}", ", ".join(ours["decided"]) or MISSING))
+    lead = "One token, the state updated in place, replayed from a CUDA graph: how many times faster, and the share of the floor."
+    return "\n\n".join(("#### Decoding with a recurrent state", lead, table(header, rows), source(payload)))
 
 
 def recurrent_models(payload: Payload) -> str:
@@ -283,6 +321,8 @@ SECTIONS: dict[str, Callable[[Payload], str]] = {
     "training": training,
     "models": models,
     "recurrence": recurrence,
+    "recurrence-length": recurrence_length,
+    "recurrent-decode": recurrent_decode,
     "recurrent-models": recurrent_models,
     "coverage": coverage,
     "compile-time": compile_time,

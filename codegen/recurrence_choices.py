@@ -23,6 +23,7 @@ from .implementation import Implementation, generates_for, hints_of_match, size_
 
 _CHUNK = 64
 _ROW_BYTES = 4  # of a state's element, and of a gate's
+_CALL_LAUNCHES = 10  # what it takes to call the operation from Python, beside what Inductor launches by itself
 _CPP_LAUNCHES = 25  # what calling an operation of ours costs on a CPU, in launches
 _UNROLLED = 64  # steps from which on a loop stays rolled up
 _FUSED = 10  # of an unrolled loop's small operations, as Inductor's C++ carries them out in the time of a launch
@@ -90,7 +91,8 @@ def _work(match: Match, shape: _Shape) -> Work:
     columns = shape.b * shape.h * shape.t
     traffic = _operand_bytes(shape)
     if _is_few(match, shape):  # beside the kernel one for its gates, and one for what comes of its output
-        return Work(flops=6 * columns * shape.dk * shape.dv, bytes=traffic + 2 * shape.state * _ROW_BYTES, launches=3)
+        moved = traffic + 2 * shape.state * _ROW_BYTES
+        return Work(flops=6 * columns * shape.dk * shape.dv, bytes=moved, launches=3 + _CALL_LAUNCHES)
     if not match.spec.has_rows or match.spec.decay == "full":
         return Work(flops=4 * columns * shape.dk * shape.dv, bytes=traffic, launches=3)
     flops = columns * (4 * shape.dk * shape.dv + 2 * _CHUNK * (shape.dk + shape.dv))

@@ -371,7 +371,8 @@ def pairs_kernel(
     Starts, Ends [B, H, CHUNKS, BLOCK_N, M]: the states that entered the chunk, S, and on the way back, R; StartColumns, EndColumns
     [B, H, CHUNKS, BLOCK_N] their additional columns. FAR: the chunks that Far [B, H, CHUNKS] names, else the others. The gradient
     of a logarithm adds what came from beyond the chunk and what comes from pairs in it, each summed over rows of the chunk alone:
-    nothing large cancels.
+    nothing large cancels. COLUMNS: M at run time. With a constant bound, a loop of one iteration is folded away, and Triton 3.6
+    miscompiles what is left on Hopper.
     """
     c = tl.program_id(0) % CHUNKS
     head = wide(tl.program_id(0) // CHUNKS)

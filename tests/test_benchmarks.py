@@ -120,6 +120,28 @@ def rendered(load: Any, payload: dict[str, Any]) -> list[str]:
     return [line for line in lines if line.startswith("|")][2:]
 
 
+def test_table_of_lengths(load):
+    results = [
+        {"contender": "effcompile", "tokens": 512, "status": "ok", "ms": 0.1, "peak_mb": 6.1, "ms_per_4096": 0.8},
+        {"contender": "softmax attention", "tokens": 512, "status": "oom"},
+    ]
+    payload = {"benchmark": "recurrence-length", "form": "gla", "heads": 32, "width": 128, "crossover": 512, "results": results}
+    assert rendered(load, payload) == ["| 512 | 0.800 | - | 6 | - |"]
+
+
+def test_table_of_decoding(load):
+    common = {"row": "gla", "batch": 16, "status": "ok"}
+    results = [
+        {**common, "contender": "eager", "graph_ms": 0.4},
+        {**common, "contender": "inductor", "graph_ms": 0.2},
+        {**common, "contender": "effarch", "graph_ms": 0.1, "of_floor": 0.9, "decided": ["rewritten: triton"]},
+        {**common, "batch": 128, "contender": "eager", "graph_ms": 0.4},
+    ]
+    assert rendered(load, {"benchmark": "recurrent-decode", "results": results}) == [
+        "| gla | 16 | 4.00x | 2.00x | 0.90 | rewritten: triton |"
+    ]
+
+
 def test_table_of_recurrences(load):
     common = {"row": "gla", "size": "b1-t8k-h32-d128", "status": "ok", "mode": "forward"}
     results = [
@@ -130,8 +152,8 @@ def test_table_of_recurrences(load):
         {**common, "row": "hgrn", "contender": "fla", "status": "no result in 9 s"},
     ]
     assert rendered(load, {"benchmark": "recurrence", "results": results}) == [
-        "| gla | 1, 8k, 32, 128 | forward | 2.00x | 0.28 | 0.75 | 4 | 41 |",
-        "| hgrn | 1, 8k, 32, 128 | forward | no result in 9 s | - | - | 4 | - |",
+        "| gla | 1, 8k, 32, 128 | forward | 2.00x | 0.28 | 3e-03 | 4 | 41 |",
+        "| hgrn | 1, 8k, 32, 128 | forward | no result in 9 s | - | 1e-03 | 4 | - |",
     ]
 
 
