@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ class Hardware:
         arch: what the kernel compiler targets: sm_90, gfx942, or a CPU's machine name.
         sms: streaming multiprocessors, compute units or cores.
         matmul_tflops: peak TFLOP/s of matrix multiplication by type name: bfloat16, float16, float32, tf32, float8.
-        measured_matmul_tflops: what large bfloat16 matrix multiplications sustain on random data.
+        measured_matmul_tflops: what large matrix multiplications sustain on random data, by type name, where they were measured.
         measured_bandwidth_gb_s: what a large copy sustains, counting reads and writes.
         exp_per_clock_sm: exponentials that one SM issues each clock.
         launch_us: from one kernel's end to the next one's start, in a stream.
@@ -43,14 +43,14 @@ class Hardware:
     sms: int
     clock_mhz: float
     matmul_tflops: Mapping[str, float]
-    measured_matmul_tflops: float | None = None
+    measured_matmul_tflops: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     memory_gb: float
     bandwidth_gb_s: float
     measured_bandwidth_gb_s: float | None = None
     l2_mb: float
     smem_sm_kb: int
     smem_block_kb: int
-    exp_per_clock_sm: int = 16
+    exp_per_clock_sm: float = 16
     launch_us: float
     sources: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     device_pattern: str = ""
@@ -66,12 +66,30 @@ class Hardware:
         """Exponentials a second over the whole device."""
         return self.sms * self.exp_per_clock_sm * self.clock_mhz * 1e6
 
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, as JSON-ready values."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> Hardware:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            TypeError: a field is missing, or there is none of that name.
+        """
+        frozen: dict[str, Any] = {
+            name: MappingProxyType(value) if isinstance(value, dict) else value for name, value in values.items()
+        }
+        return Hardware(**frozen)
+
     def sustained_matmul_tflops(self, dtype: Any) -> float:
         """TFLOP/s that large matrix multiplications in `dtype` (a torch.dtype or a key of `matmul_tflops`) sustain.
 
-        The share measured in bfloat16 is taken to hold for every type, since it is power that limits it.
+        Where a type was not measured, bfloat16's share of the datasheet is taken to hold for it, since it is power that limits it.
         """
-        return self.peak_matmul_tflops(dtype) * self._sustained_share()
+        name = self._multiplied_as(dtype)
+        return self.measured_matmul_tflops.get(name) or self.matmul_tflops[name] * self._sustained_share()
 
     def peak_matmul_tflops(self, dtype: Any) -> float:
         """TFLOP/s of the datasheet for `dtype`, or for the next wider type that the device has units for.
@@ -79,16 +97,17 @@ class Hardware:
         Raises:
             ValueError: `dtype` is no floating-point type.
         """
+        return self.matmul_tflops[self._multiplied_as(dtype)]
+
+    def _multiplied_as(self, dtype: Any) -> str:
         name = type_name(dtype)
         while name not in self.matmul_tflops:
             name = _WIDER[name]
-        return self.matmul_tflops[name]
+        return name
 
     def _sustained_share(self) -> float:
-        peak = self.matmul_tflops.get("bfloat16")
-        if self.measured_matmul_tflops is None or peak is None:
-            return _SUSTAINED_MATMUL[self.vendor]
-        return self.measured_matmul_tflops / peak
+        peak, measured = (rates.get("bfloat16") for rates in (self.matmul_tflops, self.measured_matmul_tflops))
+        return measured / peak if measured and peak else _SUSTAINED_MATMUL[self.vendor]
 
 
 def type_name(dtype: Any) -> str:

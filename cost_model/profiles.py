@@ -1,33 +1,23 @@
-"""The devices that are known, and how a device at hand is told from its name. A new GPU is one entry in `PROFILES`."""
+"""The devices that are known. A new GPU is one entry in `PROFILES`."""
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import os
-import platform
-import re
-from functools import cache
 from types import MappingProxyType
 from typing import Any
 
-import torch
-
-from ..errors import UnknownHardwareError
 from .hardware import Hardware, Vendor
 
 _DATASHEET = "vendor's datasheet or architecture white paper"
 _GEMM = "large bfloat16 matrix multiplication, random data"
 _COPY = "large device-to-device copy"
 _LAUNCH_H200 = "empty kernels in a stream on an H200"
-_BRANDS = re.compile(r"^(NVIDIA|AMD Instinct|AMD|Tesla)\s+(GeForce\s+)?", re.IGNORECASE)
 
 
 def _profile(
     *,
     name: str,
     vendor: Vendor = "nvidia",
-    measured_matmul_tflops: float | None = None,
+    measured_bfloat16_tflops: float | None = None,
     measured_bandwidth_gb_s: float | None = None,
     launch_source: str = f"assumed: {_LAUNCH_H200}",
     **figures: Any,
@@ -36,14 +26,14 @@ def _profile(
     sources = dict.fromkeys((key for key in figures if key not in ("arch", "device_pattern")), _DATASHEET)
     sources["launch_us"] = launch_source
     sources["exp_per_clock_sm"] = _DATASHEET
-    if measured_matmul_tflops is not None:
+    if measured_bfloat16_tflops is not None:
         sources["measured_matmul_tflops"] = _GEMM
     if measured_bandwidth_gb_s is not None:
         sources["measured_bandwidth_gb_s"] = _COPY
     return Hardware(
         name=name,
         vendor=vendor,
-        measured_matmul_tflops=measured_matmul_tflops,
+        measured_matmul_tflops=MappingProxyType({} if measured_bfloat16_tflops is None else {"bfloat16": measured_bfloat16_tflops}),
         measured_bandwidth_gb_s=measured_bandwidth_gb_s,
         launch_us=2.5,
         sources=MappingProxyType(dict(sorted(sources.items()))),
@@ -61,7 +51,7 @@ _A100: dict[str, Any] = {
     "sms": 108,
     "clock_mhz": 1410,
     "matmul_tflops": _rates(312, tf32=156, float32=19.5),
-    "measured_matmul_tflops": 271,
+    "measured_bfloat16_tflops": 271,
     "l2_mb": 40,
     "smem_sm_kb": 164,
     "smem_block_kb": 163,
@@ -83,7 +73,7 @@ PROFILES: tuple[Hardware, ...] = (
     _profile(
         name="h100-sxm",
         **_HOPPER_SXM,
-        measured_matmul_tflops=794,
+        measured_bfloat16_tflops=794,
         memory_gb=80,
         bandwidth_gb_s=3350,
         measured_bandwidth_gb_s=3000,
@@ -105,7 +95,7 @@ PROFILES: tuple[Hardware, ...] = (
     _profile(
         name="h200",
         **_HOPPER_SXM,
-        measured_matmul_tflops=790,
+        measured_bfloat16_tflops=790,
         memory_gb=141,
         bandwidth_gb_s=4800,
         measured_bandwidth_gb_s=4300,
@@ -118,7 +108,7 @@ PROFILES: tuple[Hardware, ...] = (
         sms=148,
         clock_mhz=1965,
         matmul_tflops=_rates(2250, tf32=1125, float32=80, float8=4500),
-        measured_matmul_tflops=1745,
+        measured_bfloat16_tflops=1745,
         memory_gb=180,
         bandwidth_gb_s=8000,
         l2_mb=126,
@@ -206,7 +196,7 @@ PROFILES: tuple[Hardware, ...] = (
         sms=304,
         clock_mhz=2100,
         matmul_tflops=_rates(1307, tf32=654, float32=163, float8=2615),
-        measured_matmul_tflops=668,
+        measured_bfloat16_tflops=668,
         memory_gb=192,
         bandwidth_gb_s=5300,
         measured_bandwidth_gb_s=4100,
@@ -222,7 +212,7 @@ PROFILES: tuple[Hardware, ...] = (
         sms=256,
         clock_mhz=2400,
         matmul_tflops=_rates(2517, float32=157, float8=5000),
-        measured_matmul_tflops=1565,
+        measured_bfloat16_tflops=1565,
         memory_gb=288,
         bandwidth_gb_s=8000,
         l2_mb=32,
@@ -231,139 +221,3 @@ PROFILES: tuple[Hardware, ...] = (
         device_pattern=r"MI355X( VF)?",
     ),
 )
-
-
-def names() -> tuple[str, ...]:
-    """The names that `get` takes."""
-    return (*(profile.name for profile in PROFILES), "cpu")
-
-
-def get(name: str) -> Hardware:
-    """The profile called `name`.
-
-    Raises:
-        UnknownHardwareError: no profile has that name.
-    """
-    if name == "cpu":
-        return cpu()
-    for profile in PROFILES:
-        if profile.name == name:
-            return profile
-    close = difflib.get_close_matches(str(name), names(), n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    raise UnknownHardwareError(f"Expected hardware to be one of {', '.join(names())} but got hardware={name!r}.{hint}")
-
-
-def detect(device: torch.device | str) -> Hardware:
-    """The profile of a device at hand: by its name, else a generic one after its architecture and properties.
-
-    Raises:
-        UnknownHardwareError: the device is neither a CPU nor a GPU of a known make.
-    """
-    device = torch.device(device)
-    if device.type == "cpu":
-        return cpu()
-    if device.type != "cuda":
-        raise UnknownHardwareError(f"Expected a cpu or cuda device but got device={str(device)!r}: set the option hardware")
-    properties = torch.cuda.get_device_properties(device)
-    return by_device_name(properties.name) or generic(properties)
-
-
-def by_device_name(device_name: str) -> Hardware | None:
-    """The profile whose pattern matches the whole of a device's name, brand aside: an "RTX 4090 D" is no "RTX 4090"."""
-    model = _BRANDS.sub("", device_name.strip())
-    for profile in PROFILES:
-        if re.fullmatch(profile.device_pattern, model, re.IGNORECASE):
-            return profile
-    return None
-
-
-def generic(properties: Any) -> Hardware:
-    """A conservative profile of an unknown GPU from `torch.cuda.get_device_properties`.
-
-    The slowest known relative (same vendor, same architecture or the nearest earlier one) scaled to the device's SMs, with the
-    device's own memory sizes.
-
-    Raises:
-        UnknownHardwareError: no profile of its vendor is of its architecture or an earlier one.
-    """
-    gcn = getattr(properties, "gcnArchName", "") if torch.version.hip else ""
-    vendor = "amd" if gcn else "nvidia"
-    arch = gcn.split(":")[0] if gcn else f"sm_{properties.major}{properties.minor}"
-    relatives = [p for p in PROFILES if p.vendor == vendor and _generation(p.arch) <= _generation(arch)]
-    if not relatives:
-        raise UnknownHardwareError(
-            f"Expected a GPU that a profile can stand for but got {properties.name!r} ({arch}): set hardware"
-        )
-    nearest = max(_generation(p.arch) for p in relatives)
-    slowest = min((p for p in relatives if _generation(p.arch) == nearest), key=_matmul_per_sm)
-    sms = properties.multi_processor_count
-    origin = f"derived from {slowest.name}"
-    figures = {
-        "sms": sms,
-        "matmul_tflops": MappingProxyType({k: v * sms / slowest.sms for k, v in slowest.matmul_tflops.items()}),
-        "memory_gb": properties.total_memory / 1e9,
-        "l2_mb": getattr(properties, "L2_cache_size", slowest.l2_mb * 2**20) / 2**20,
-        "smem_sm_kb": getattr(properties, "shared_memory_per_multiprocessor", slowest.smem_sm_kb * 1024) // 1024,
-        "smem_block_kb": getattr(properties, "shared_memory_per_block_optin", slowest.smem_block_kb * 1024) // 1024,
-        "bandwidth_gb_s": slowest.bandwidth_gb_s * min(1.0, sms / slowest.sms),
-    }
-    return dataclasses.replace(
-        slowest,
-        **figures,
-        name=f"generic-{arch.replace('_', '')}",
-        arch=arch,
-        measured_matmul_tflops=None,
-        measured_bandwidth_gb_s=None,
-        sources=MappingProxyType(dict.fromkeys(slowest.sources, origin)),
-        device_pattern="",
-        generic=True,
-    )
-
-
-@cache
-def cpu() -> Hardware:
-    """This machine's CPU, from its number of cores: 32 float32 operations a clock and core, 2.5 GHz, 10 GB/s a core."""
-    cores = os.cpu_count() or 1
-    assumed = ("clock_mhz", "matmul_tflops", "bandwidth_gb_s", "l2_mb", "exp_per_clock_sm", "launch_us")
-    return Hardware(
-        name="cpu",
-        vendor="cpu",
-        arch=platform.machine(),
-        sms=cores,
-        clock_mhz=2500,
-        matmul_tflops=MappingProxyType({"float32": cores * 0.08}),
-        memory_gb=_system_memory_gb(),
-        bandwidth_gb_s=min(10.0 * cores, 100.0),
-        l2_mb=float(cores),
-        smem_sm_kb=0,
-        smem_block_kb=0,
-        exp_per_clock_sm=1,
-        launch_us=2.0,
-        sources=MappingProxyType(
-            {
-                "sms": "os.cpu_count",
-                "memory_gb": "os.sysconf",
-                **dict.fromkeys(assumed, "assumed for a current server core"),
-            }
-        ),
-        generic=True,
-    )
-
-
-def _system_memory_gb() -> float:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    except (AttributeError, ValueError, OSError):
-        return 8.0
-
-
-def _generation(arch: str) -> int:
-    """An architecture's place among its vendor's: 90 for sm_90a, 0x942 for gfx942."""
-    if arch.startswith("gfx"):
-        return int(arch.removeprefix("gfx"), 16)
-    return int(re.sub(r"\D", "", arch))
-
-
-def _matmul_per_sm(profile: Hardware) -> float:
-    return profile.peak_matmul_tflops("float16") / profile.sms

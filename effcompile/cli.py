@@ -1,4 +1,4 @@
-"""The command line: `effarch explain`, `passes`, `hardware` and `doctor`."""
+"""The command line: `effarch explain`, `passes`, `hw`, `calibrate` and `doctor`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from typing import Any
 
 import click
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from . import config, doctor
-from .cost_model import profiles
+from .cost_model import devices
 from .errors import EffcompileError
+from .hardware_commands import calibrate, hw
+from .terminal import console, table
 
 
 class _Fallible(click.Group):
@@ -39,9 +39,13 @@ def main() -> None:
     """See what the effarch backend of torch.compile does, and what this machine can do with it."""
 
 
+main.add_command(hw)
+main.add_command(calibrate)
+
+
 @main.command()
 @click.argument("target", metavar="FILE.py:NAME")
-@click.option("--hardware", metavar="NAME", help="Plan for this device instead of the one at hand (see `effarch hardware`).")
+@click.option("--hardware", metavar="NAME", help="Plan for this device instead of the one at hand (see `effarch hw list`).")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("--dump", type=click.Path(file_okay=False), metavar="DIR", help="Write graphs and kernels to this directory.")
 @click.option("--train", is_flag=True, help="Plan with gradients, in training mode.")
@@ -57,7 +61,7 @@ def explain(target: str, hardware: str | None, as_json: bool, dump: str | None, 
     model = _model(module, name)
     args, kwargs = _inputs(module, name)
     if hardware is not None:
-        profiles.get(hardware)
+        devices.get(hardware)
     with _mode(model, (args, kwargs), train):
         report = effcompile.explain(model, *args, hardware=hardware, dump=dump, **kwargs)
     click.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
@@ -66,33 +70,21 @@ def explain(target: str, hardware: str | None, as_json: bool, dump: str | None, 
 @main.command()
 def passes() -> None:
     """List the passes, in the order in which they run."""
-    table = _table("pass", "what it does")
+    listed = table("pass", "what it does")
     for name in config.registered_passes():
-        table.add_row(name, _summary(importlib.import_module(f"effcompile.passes.{name.replace('-', '_')}")))
-    _console().print(table)
-
-
-@main.command()
-def hardware() -> None:
-    """List the devices that have a profile, with their rates."""
-    table = _table("name", "arch", "SMs", "bf16 TFLOP/s", "sustained", "memory GB", "GB/s", "sustained")
-    for name in profiles.names():
-        device = profiles.get(name)
-        rates = (device.peak_matmul_tflops("bfloat16"), device.sustained_matmul_tflops("bfloat16"))
-        memory = (device.memory_gb, device.bandwidth_gb_s, device.sustained_bandwidth_gb_s)
-        table.add_row(name, device.arch, str(device.sms), *(f"{figure:.4g}" for figure in (*rates, *memory)))
-    _console().print(table)
+        listed.add_row(name, _summary(importlib.import_module(f"effcompile.passes.{name.replace('-', '_')}")))
+    console().print(listed)
 
 
 @main.command(name="doctor")
 def examine() -> None:
     """Say what this machine can do and what is missing. The exit code is 1 if the backend cannot be used."""
-    table = _table("", "check", "finding", "remedy")
+    listed = table("", "check", "finding", "remedy")
     checks = doctor.examine()
     for check in checks:
         mark = "ok" if check.ok else ("missing" if check.required else "note")
-        table.add_row(mark, check.name, check.detail, "" if check.ok else check.remedy)
-    _console().print(table)
+        listed.add_row(mark, check.name, check.detail, "" if check.ok else check.remedy)
+    console().print(listed)
     sys.exit(0 if doctor.healthy(checks) else 1)
 
 
@@ -174,18 +166,6 @@ def _mode(model: Any, inputs: Any, train: bool) -> Iterator[None]:
 def _summary(module: ModuleType) -> str:
     """The first line of a module's docstring."""
     return (inspect.getdoc(module) or "").partition("\n")[0]
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, header_style="bold")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
-
-
-def _console() -> Console:
-    """Made on use, since the command's output may have been redirected. A pipe gets lines as long as they need to be."""
-    return Console() if sys.stdout.isatty() else Console(width=200)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
+import platformdirs
+
 from .errors import ConfigError
 
 Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
@@ -24,11 +26,12 @@ ReportTarget = bool | str | Callable[[Any], Any]
 
 ENVIRONMENT: Mapping[str, str] = MappingProxyType(
     {
-        "EFFARCH_HARDWARE": "name of the hardware profile to plan for (see `effarch hardware`)",
+        "EFFARCH_HARDWARE": "name of the hardware profile to plan for (see `effarch hw list`)",
         "EFFARCH_FALLBACK": "what becomes of a graph on which a pass or a kernel build fails: inductor, eager or error",
         "EFFARCH_REPORT": "0: no report; 1: print it to standard error; FILE.json: write it there",
         "EFFARCH_DUMP": "directory for the graphs before and after each pass, and the kernels",
         "EFFARCH_CACHE_DIR": "directory for generated kernels",
+        "EFFARCH_PROFILE_DIR": "directory for calibrated hardware profiles",
         "EFFARCH_DISABLE": "passes to leave out, separated by commas (see `effarch passes`)",
     }
 )
@@ -126,11 +129,17 @@ def cache_dir() -> Path:
         ConfigError: EFFARCH_CACHE_DIR names a file.
     """
     path = _directory("EFFARCH_CACHE_DIR", os.environ.get("EFFARCH_CACHE_DIR") or None)
-    if path is not None:
-        return path
-    import platformdirs  # nothing else needs it
+    return path or Path(platformdirs.user_cache_dir("effcompile", appauthor=False))
 
-    return Path(platformdirs.user_cache_dir("effcompile", appauthor=False))
+
+def profile_dir() -> Path:
+    """The directory of calibrated profiles: EFFARCH_PROFILE_DIR, else in the user's configuration directory. It may not exist yet.
+
+    Raises:
+        ConfigError: EFFARCH_PROFILE_DIR names a file.
+    """
+    path = _directory("EFFARCH_PROFILE_DIR", os.environ.get("EFFARCH_PROFILE_DIR") or None)
+    return path or Path(platformdirs.user_config_dir("effcompile", appauthor=False)) / "profiles"
 
 
 def failing_kernels_raise() -> bool:
@@ -181,10 +190,10 @@ def _hardware(name: str, value: Any) -> str | None:
         return None
     if not isinstance(value, str):
         raise _bad("the name of a hardware profile, or None", name, value)
-    from .cost_model import profiles  # the profiles read options too
+    from .cost_model import devices  # the devices read options too
 
-    if value not in profiles.names():
-        raise ConfigError(_unknown(name, value, profiles.names()))
+    if value not in devices.names():
+        raise ConfigError(_unknown(name, value, devices.names()))
     return value
 
 

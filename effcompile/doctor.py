@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from . import config
-from .cost_model import profiles
+from .cost_model import calibrations, conditions, devices
 from .errors import EffcompileError
 
 TORCH_RANGE = ((2, 11), (2, 16))  # from the first to before the second
@@ -82,13 +82,26 @@ def _gpu() -> Check:
     device = torch.device("cuda", torch.cuda.current_device())
     name = torch.cuda.get_device_name(device)
     try:
-        profile = profiles.detect(device)
+        profile = devices.detect(device)
     except EffcompileError as error:
         return Check(name="gpu", ok=False, detail=f"{name}: {error}", remedy="choose a profile with EFFARCH_HARDWARE")
     if profile.generic:
         remedy = "choose a profile with EFFARCH_HARDWARE, or add one: see docs/hardware.md"
         return Check(name="gpu", ok=False, detail=f"{name}, no profile: {profile.name}", required=False, remedy=remedy)
     return Check(name="gpu", ok=True, detail=f"{name}, profile {profile.name}")
+
+
+def _calibration() -> Check:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = calibrations.of_device(devices.device_name(device))
+    except EffcompileError as error:
+        return Check(name="calibration", ok=False, detail=str(error), remedy="effarch calibrate")
+    if found is None:
+        return Check(name="calibration", ok=True, detail="none: the profile's own figures are used", required=False)
+    changes = found.conditions.changes(conditions.current(device, ask_driver=True))
+    detail = "; ".join((f"of {found.date}", *changes))
+    return Check(name="calibration", ok=not changes, detail=detail, required=False, remedy="effarch calibrate")
 
 
 def _compiler() -> Check:
@@ -142,6 +155,7 @@ _CHECKS: tuple[Callable[[], Check], ...] = (
     _torch,
     _triton,
     _gpu,
+    _calibration,
     _compiler,
     _cache,
     _entry_point,

@@ -27,6 +27,10 @@ class UnknownHardwareError(EffcompileError, ValueError):
     """A hardware name that no profile has."""
 
 
+class ProfileError(EffcompileError, ValueError):
+    """A file of a measured hardware profile that cannot be read."""
+
+
 class LiftError(EffcompileError):
     """A graph that cannot be lifted faithfully. It goes to Inductor unchanged."""
 

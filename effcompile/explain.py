@@ -234,7 +234,7 @@ def explain(
 ) -> Report:
     """Capture `model(*args, **kwargs)` as torch.compile would, and say what effarch makes of it. Nothing is compiled.
 
-    The model runs once, eagerly, graph by graph. `hardware` names the device to decide for (`effarch hardware` lists them);
+    The model runs once, eagerly, graph by graph. `hardware` names the device to decide for (`effarch hw list` lists them);
     by default the one that the tensors are on.
 
     Raises:

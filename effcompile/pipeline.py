@@ -26,7 +26,7 @@ from . import runtime, trace
 from ._torch import OpOverload
 from .codegen import choices
 from .config import Config
-from .cost_model import profiles, select
+from .cost_model import devices, select
 from .cost_model.hardware import Hardware
 from .errors import LiftError, VerifyError, summary
 from .explain import Frame
@@ -143,10 +143,10 @@ class Pipeline:
     def hardware(self, example_inputs: Sequence[Any]) -> Hardware:
         """The device to decide for: the option's, or that of the first tensor that is not on the CPU."""
         if self.config.hardware is not None:
-            return profiles.get(self.config.hardware)
+            return devices.get(self.config.hardware)
         tensors = [x for x in example_inputs if isinstance(x, torch.Tensor)]
         on_gpu = next((x.device for x in tensors if x.device.type != "cpu"), torch.device("cpu"))
-        return profiles.detect(on_gpu)
+        return devices.detect(on_gpu)
 
     def lift(self, module: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
         """The functional ATen graph before autograd."""

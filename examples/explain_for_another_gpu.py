@@ -44,7 +44,7 @@ class Attention(nn.Module):
 def main() -> None:
     """Print the plan of one layer for one GPU."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hardware", default="h100-sxm", help="a profile's name (`effarch hardware` lists them)")
+    parser.add_argument("--hardware", default="h100-sxm", help="a profile's name (`effarch hw list` lists them)")
     parser.add_argument("--tokens", type=int, default=8192)
     args = parser.parse_args()
     with torch.device("meta"):

@@ -20,6 +20,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(_caches / "inductor")
     os.environ["TRITON_CACHE_DIR"] = str(_caches / "triton")
     os.environ["EFFARCH_CACHE_DIR"] = str(_caches / "kernels")
+    os.environ["EFFARCH_PROFILE_DIR"] = str(_caches / "profiles")
     atexit.register(shutil.rmtree, _caches, ignore_errors=True)
 
 import hypothesis

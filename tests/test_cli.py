@@ -14,7 +14,7 @@ import effcompile
 from effcompile import doctor
 from effcompile.cli import main
 from effcompile.config import registered_passes
-from effcompile.cost_model import profiles
+from effcompile.cost_model import devices
 
 FILE = """
 import torch
@@ -174,9 +174,9 @@ def test_passes_lists_every_pass_with_its_description():
 
 
 def test_hardware_lists_every_profile():
-    result = run("hardware")
+    result = run("hw", "list")
     assert result.exit_code == 0
-    assert [line.split()[0] for line in result.output.splitlines()[1:]] == list(profiles.names())
+    assert [line.split()[0] for line in result.output.splitlines()[1:]] == list(devices.names())
 
 
 def test_doctor_on_this_machine():

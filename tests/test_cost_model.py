@@ -9,14 +9,15 @@ import pytest
 import sympy
 import torch
 
-from effcompile.cost_model import profiles
+from effcompile.cost_model import devices
 from effcompile.cost_model.hardware import Hardware, type_name
+from effcompile.cost_model.profiles import PROFILES
 from effcompile.cost_model.roofline import estimate
 from effcompile.cost_model.select import choose
 from effcompile.errors import EffcompileError, UnknownHardwareError
 from effcompile.ir import Candidate, Work
 
-H100 = profiles.get("h100-sxm")
+H100 = devices.get("h100-sxm")
 
 
 def candidate(name="kernel", flops=0, traffic=0, kind="generated", **more) -> Candidate:
@@ -31,9 +32,9 @@ def properties(name, major=9, minor=0, sms=132, **more) -> SimpleNamespace:
 # profiles ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", profiles.names())
+@pytest.mark.parametrize("name", devices.names())
 def test_profile_is_complete(name):
-    profile = profiles.get(name)
+    profile = devices.get(name)
     assert profile.name == name
     assert "float32" in profile.matmul_tflops
     figures = {f.name: getattr(profile, f.name) for f in dataclasses.fields(Hardware)}
@@ -44,7 +45,7 @@ def test_profile_is_complete(name):
     assert all(rate > 0 for rate in profile.matmul_tflops.values())
 
 
-@pytest.mark.parametrize("profile", profiles.PROFILES, ids=lambda p: p.name)
+@pytest.mark.parametrize("profile", PROFILES, ids=lambda p: p.name)
 def test_what_is_sustained_is_less_than_the_datasheet(profile):
     assert (
         0.4 * profile.peak_matmul_tflops("float16")
@@ -54,7 +55,7 @@ def test_what_is_sustained_is_less_than_the_datasheet(profile):
     assert 0.7 * profile.bandwidth_gb_s < profile.sustained_bandwidth_gb_s < profile.bandwidth_gb_s
 
 
-@pytest.mark.parametrize("profile", profiles.PROFILES, ids=lambda p: p.name)
+@pytest.mark.parametrize("profile", PROFILES, ids=lambda p: p.name)
 def test_datasheet_rate_is_a_power_of_two_a_clock(profile):
     """Matrix units do 512, 1024, 2048, 4096 or 8192 operations a clock: a slip in the table shows as anything else."""
     a_clock = profile.peak_matmul_tflops("float16") * 1e12 / (profile.sms * profile.clock_mhz * 1e6)
@@ -66,7 +67,7 @@ def test_unknown_profile_lists_the_known():
     with pytest.raises(
         UnknownHardwareError, match=r"one of a100-sxm-40, .*cpu but got hardware='h100-sxn'. Did you mean 'h100-sxm'\?"
     ):
-        profiles.get("h100-sxn")
+        devices.get("h100-sxn")
 
 
 @pytest.mark.parametrize(
@@ -89,14 +90,14 @@ def test_unknown_profile_lists_the_known():
     ],
 )
 def test_device_names(device_name, profile):
-    found = profiles.by_device_name(device_name)
+    found = devices.by_device_name(device_name)
     assert found is not None and found.name == profile
 
 
 def test_every_profile_has_a_device_name_that_finds_it():
     """The table above names each profile once: a new one without a row there fails here."""
     (mark,) = (mark for mark in test_device_names.pytestmark if mark.name == "parametrize")
-    assert {profile for _, profile in mark.args[1]} == {profile.name for profile in profiles.PROFILES}
+    assert {profile for _, profile in mark.args[1]} == {profile.name for profile in PROFILES}
 
 
 @pytest.mark.parametrize(
@@ -111,22 +112,22 @@ def test_every_profile_has_a_device_name_that_finds_it():
     ],
 )
 def test_a_sibling_is_not_taken_for_the_device(device_name):
-    assert profiles.by_device_name(device_name) is None
+    assert devices.by_device_name(device_name) is None
 
 
 def test_detect_cpu():
-    assert profiles.detect("cpu").name == "cpu"
-    assert profiles.detect(torch.device("cpu")).sms >= 1
+    assert devices.detect("cpu").name == "cpu"
+    assert devices.detect(torch.device("cpu")).sms >= 1
 
 
 def test_detect_gpu_by_name(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties("NVIDIA H100 80GB HBM3"))
-    assert profiles.detect(torch.device("cuda", 0)) is H100
+    assert devices.detect(torch.device("cuda", 0)) is H100
 
 
 @pytest.mark.gpu
 def test_the_profile_agrees_with_the_gpu_at_hand():
-    profile, device = profiles.detect("cuda"), torch.cuda.get_device_properties(0)
+    profile, device = devices.detect("cuda"), torch.cuda.get_device_properties(0)
     assert profile.sms == device.multi_processor_count
     assert profile.memory_gb == pytest.approx(device.total_memory / 1e9, rel=0.1)
     assert profile.smem_block_kb == device.shared_memory_per_block_optin // 1024
@@ -136,42 +137,42 @@ def test_the_profile_agrees_with_the_gpu_at_hand():
 def test_detect_unknown_gpu(monkeypatch):
     nvl = properties("NVIDIA H100 NVL", L2_cache_size=50 * 2**20, shared_memory_per_block_optin=227 * 1024)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: nvl)
-    profile = profiles.detect("cuda")
+    profile = devices.detect("cuda")
     assert profile.generic and profile.name == "generic-sm90" and profile.arch == "sm_90"
     assert (profile.sms, profile.memory_gb, profile.l2_mb, profile.smem_block_kb) == (132, 80.0, 50.0, 227)
     assert profile.bandwidth_gb_s == 2039, "the least of its architecture"
     assert profile.peak_matmul_tflops("bfloat16") == pytest.approx(756 * 132 / 114)
-    assert profile.measured_matmul_tflops is None
+    assert not profile.measured_matmul_tflops
     assert set(profile.sources.values()) == {"derived from h100-pcie"}
 
 
 def test_generic_scales_with_the_sms():
-    slice_of_an_l4 = profiles.generic(properties("NVIDIA L4-6Q", 8, 9, sms=29))
-    assert slice_of_an_l4.peak_matmul_tflops("float16") < 0.51 * profiles.get("l4").peak_matmul_tflops("float16")
-    assert slice_of_an_l4.bandwidth_gb_s <= profiles.get("l4").bandwidth_gb_s
+    slice_of_an_l4 = devices.generic(properties("NVIDIA L4-6Q", 8, 9, sms=29))
+    assert slice_of_an_l4.peak_matmul_tflops("float16") < 0.51 * devices.get("l4").peak_matmul_tflops("float16")
+    assert slice_of_an_l4.bandwidth_gb_s <= devices.get("l4").bandwidth_gb_s
 
 
 @pytest.mark.parametrize(("major", "minor", "relative"), [(10, 3, "b200"), (12, 1, "rtx-5090"), (8, 7, "rtx-3090")])
 def test_generic_of_a_newer_architecture_is_the_nearest_earlier(major, minor, relative):
-    profile = profiles.generic(properties("NVIDIA Next", major, minor, sms=profiles.get(relative).sms))
+    profile = devices.generic(properties("NVIDIA Next", major, minor, sms=devices.get(relative).sms))
     assert profile.arch == f"sm_{major}{minor}"
-    assert profile.matmul_tflops == profiles.get(relative).matmul_tflops
+    assert profile.matmul_tflops == devices.get(relative).matmul_tflops
 
 
 def test_generic_amd(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    profile = profiles.generic(properties("AMD Instinct MI308X", sms=80, gcnArchName="gfx942:sramecc+:xnack-"))
+    profile = devices.generic(properties("AMD Instinct MI308X", sms=80, gcnArchName="gfx942:sramecc+:xnack-"))
     assert (profile.vendor, profile.arch, profile.name) == ("amd", "gfx942", "generic-gfx942")
 
 
 def test_generic_of_an_older_architecture_is_refused():
     with pytest.raises(UnknownHardwareError, match=r"a profile can stand for but got 'Tesla V100' \(sm_70\)"):
-        profiles.generic(properties("Tesla V100", 7, 0))
+        devices.generic(properties("Tesla V100", 7, 0))
 
 
 def test_other_devices_are_refused():
     with pytest.raises(UnknownHardwareError, match="a cpu or cuda device but got device='meta'"):
-        profiles.detect("meta")
+        devices.detect("meta")
 
 
 @pytest.mark.parametrize(
@@ -191,8 +192,8 @@ def test_rates_by_type(dtype, rate):
 
 
 def test_a_type_without_matrix_units_runs_at_another_ones_rate():
-    assert profiles.get("t4").peak_matmul_tflops(torch.bfloat16) == 8.1
-    assert profiles.get("a100-sxm-80").peak_matmul_tflops(torch.float8_e5m2) == 312
+    assert devices.get("t4").peak_matmul_tflops(torch.bfloat16) == 8.1
+    assert devices.get("a100-sxm-80").peak_matmul_tflops(torch.float8_e5m2) == 312
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, "fp16", None], ids=str)
