@@ -9,9 +9,7 @@ Batch 1, 32 heads of 128, bfloat16, forward. A result holds median milliseconds,
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,25 +58,6 @@ def crossover(results: list[dict[str, Any]]) -> int | None:
     return found
 
 
-def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """Time and memory over the length, on logarithmic axes, as a PNG.
-
-    Raises:
-        ImportError: without matplotlib.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    for axes, key, label in zip(figure.subplots(1, 2), ("ms", "peak_mb"), ("latency, ms", "memory, MiB"), strict=True):
-        for name in dict.fromkeys(r["contender"] for r in results):
-            line = [(r["tokens"], r[key]) for r in results if r["contender"] == name and r.get(key)]
-            axes.plot([x for x, _ in line], [y for _, y in line], "o-", label=name)
-        axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(path)
-
-
 def main() -> None:
     """Read the command line, measure, write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -86,11 +65,7 @@ def main() -> None:
     parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)), help="comma-separated")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", help="the JSON file (default: $OUT or benchmarks/results)")
-    parser.add_argument("--plot", metavar="JSON", help="measure nothing: draw this result, as a PNG beside it")
     args = parser.parse_args()
-    if args.plot:
-        plot(json.loads(Path(args.plot).read_text())["results"], Path(args.plot).with_suffix(".png"))
-        return
     import_effcompile()
     form, path = FORMS[args.form], result_path("recurrence-length", args.device, args.out)
     payload: dict[str, Any] = {"benchmark": "recurrence-length", "environment": environment(args.device), "form": form.name}

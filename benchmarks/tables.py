@@ -333,10 +333,16 @@ SECTIONS: dict[str, Callable[[Payload], str]] = {
 
 def render(folder: Path) -> str:
     """All sections, in the order of `SECTIONS`, one for each JSON file."""
-    payloads = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    payloads = [p for p in payloads if p.get("scale", 1) == 1 and not p.get("smoke")]
-    found = [SECTIONS[name](p) for name in SECTIONS for p in payloads if p.get("benchmark") == name]
+    payloads = [(path, json.loads(path.read_text())) for path in sorted(folder.glob("*.json"))]
+    payloads = [(path, p) for path, p in payloads if p.get("scale", 1) == 1 and not p.get("smoke")]
+    found = [SECTIONS[name](p) + picture(path) for name in SECTIONS for path, p in payloads if p.get("benchmark") == name]
     return "\n\n".join(found) if found else "No results yet."
+
+
+def picture(result: Path) -> str:
+    """The plot beside a result file, if there is one."""
+    path = result.with_suffix(".png")
+    return f"\n\n![{result.stem}](benchmarks/results/{path.name})" if path.exists() else ""
 
 
 def insert(text: str, tables: str) -> str:

@@ -256,3 +256,14 @@ def test_plot_of_growing_lengths(load, monkeypatch, tmp_path):
     payload = {"environment": ENVIRONMENT, "size": {"layers": 2}, "results": results}
     assert load("flash_attention").plot(payload, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["attention-h100", "recurrence-length-h100"])
+def test_a_result_is_drawn(load, tmp_path, name):
+    pytest.importorskip("matplotlib")
+    plots = load("plots")
+    payload = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    figure = plots.PLOTS[payload["benchmark"]](payload)
+    names = {r["contender"] for r in payload["results"]} - set(plots.LEFT_OUT)
+    for axes in figure.axes:
+        assert {text.get_text() for text in axes.get_legend().get_texts()} == names
