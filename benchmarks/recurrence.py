@@ -119,27 +119,28 @@ def retention_gate(heads: int, device: torch.device) -> Tensor:
 
 
 @functools.cache
-def text_of(spec: Any) -> str:
-    """The specification as the operation takes it."""
-    return spec.to_json()
-
-
-def specified(form: Form, x: Inputs) -> tuple[Tensor, list[Tensor], Any]:
-    """The same as operands of the operation, views of [B, H, T, ...]."""
+def spec_of(form: Form) -> tuple[Any, str]:
+    """The specification of a form, and as the operation takes it: a compiled graph holds it as a constant."""
     from effcompile.ops.recurrence import RecurrenceSpec
 
+    decay: Any = "value" if form.decay == "rows" else form.decay
+    names = (*(() if form.decay == "rows" else ("q", "k")), *(("gate",) if decay != "none" else ()))
+    spec = RecurrenceSpec(operands=names, decay=decay, out="bfloat16")
+    return spec, spec.to_json()
+
+
+def specified(form: Form, x: Inputs) -> tuple[Tensor, list[Tensor]]:
+    """The same as operands of the operation, views of [B, H, T, ...]."""
     v = x["v"].transpose(1, 2)
+    operands = [] if form.decay == "rows" else [x["q"].transpose(1, 2), x["k"].transpose(1, 2)]
     if form.constant:
-        gate = retention_gate(v.shape[1], v.device)
+        operands.append(retention_gate(v.shape[1], v.device))
     elif form.decay == "head":
-        gate = x["g"].transpose(1, 2)[..., None, None]
+        operands.append(x["g"].transpose(1, 2)[..., None, None])
     elif form.decay in ("key", "rows"):
         wide = x["g"].transpose(1, 2)
-        gate = wide[..., None] if form.decay == "key" else wide[..., None, :]
-    decay: Any = "value" if form.decay == "rows" else form.decay
-    rows = [] if form.decay == "rows" else [x["q"].transpose(1, 2), x["k"].transpose(1, 2)]
-    names = (*(("q", "k") if rows else ()), *(("gate",) if decay != "none" else ()))
-    return v, [*rows, *((gate,) if decay != "none" else ())], RecurrenceSpec(operands=names, decay=decay, out="bfloat16")
+        operands.append(wide[..., None] if form.decay == "key" else wide[..., None, :])
+    return v, operands
 
 
 def effcompile_call(form: Form) -> Call:
@@ -147,10 +148,11 @@ def effcompile_call(form: Form) -> Call:
     from effcompile.runtime import register
 
     register()
+    _, text = spec_of(form)
 
     def call(x: Inputs) -> Tensor:
-        v, operands, spec = specified(form, x)
-        return torch.ops.effcompile.recurrence(v, operands, text_of(spec), "bthd")[0].transpose(1, 2)
+        v, operands = specified(form, x)
+        return torch.ops.effcompile.recurrence(v, operands, text, "bthd")[0].transpose(1, 2)
 
     return call
 
@@ -220,8 +222,8 @@ def errors_of(form: Form, call: Call, width: int, device: str, mode: str, seed: 
     x = inputs_of(form, (b, t, h, width), device, seed)
     got = step_of(call, x, mode)()
     leaves = {name: tensor.double().requires_grad_() for name, tensor in x.items()}
-    v, operands, spec = specified(form, leaves)
-    wanted = reference(v, operands, spec, dtype=torch.float64)[0].transpose(1, 2)
+    v, operands = specified(form, leaves)
+    wanted = reference(v, operands, spec_of(form)[0], dtype=torch.float64)[0].transpose(1, 2)
     errors = {"out": relative_l2(got["out"], wanted.detach())}
     if mode != "forward":
         grads = torch.autograd.grad(wanted, list(leaves.values()), got["gradient"].double())
