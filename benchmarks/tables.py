@@ -314,6 +314,92 @@ def cpu_attention(payload: Payload) -> str:
     return "\n\n".join(("#### Attention on a CPU", lead, table(header, rows), source(payload)))
 
 
+def moe(payload: Payload) -> str:
+    """Layers of experts: speed over each peer and over the best of them, case by case, and what the cases come to."""
+    results = payload["results"]
+    header = ("layer", "tokens", "eager", "grouped_mm", "batched_mm", "Inductor", "best peer", "plain: best peer", "floor / ours")
+    rows, best = [], {}
+    for shape, case in dict.fromkeys((r["shape"], r["case"]) for r in results):
+        found = _by_contender(results, shape=shape, case=case)
+        ours = found.get("effarch")
+        if ours is None:
+            continue
+        tokens = {"zipf": "{}, skewed", "train": "{}, forward + backward"}.get(case.partition("-")[0], "{}")
+        title = tokens.format(case.rpartition("-")[2])
+        if "ms" not in ours:
+            rows.append((shape, title, ours["status"], *[MISSING] * 6))
+            continue
+        inductor = [x for name, x in found.items() if name.startswith("inductor-") and "ms" in x]
+        peers = inductor + [found[name] for name in ("eager", "grouped", "batched") if "ms" in found.get(name, {})]
+        speed = [_moe_against(found.get(name, {"status": MISSING}), ours) for name in ("eager", "grouped", "batched")]
+        least, compiled = (min(map(_moe_ms, some), default=None) for some in (peers, inductor))
+        plain = found.get("effarch-plain", {})
+        over = (times(compiled, _moe_ms(ours)), times(least, _moe_ms(ours)))
+        floor = MISSING if ours["of_floor"] is None else f"{ours['of_floor']:.2f}"
+        rows.append((shape, title, *speed, *over, times(least, _moe_ms(plain)) if "ms" in plain else MISSING, floor))
+        if least:
+            best[shape, case] = least / _moe_ms(ours)
+    lead = (
+        "A whole layer, router included, on Hugging Face's source: how many times faster than each of transformers' ways to compute"
+        " experts, than the best of Inductor on any, and than the best of all; `plain` is the same layer written with two einsums."
+        " Up to 16 tokens, what can be captured is replayed from a CUDA graph."
+    )
+    parts = ("#### Mixture of Experts", lead, table(header, rows), _moe_summary(payload, best), source(payload))
+    return "\n\n".join(filter(None, parts))
+
+
+def _moe_ms(result: Payload) -> float:
+    """Of a replay, where there is one."""
+    return float(result.get("graph_ms") or result["ms"])
+
+
+def _moe_against(other: Payload, ours: Payload) -> str:
+    if "ms" in other:
+        return times(_moe_ms(other), _moe_ms(ours))
+    return "out of memory" if other["status"] in ("oom", "does not fit") else other["status"].partition(":")[0]
+
+
+def _moe_summary(payload: Payload, best: dict[tuple[str, str], float]) -> str:
+    """Means over the best peer, memory kept for gradients, skewed routing and first calls, in sentences."""
+    told = []
+    forward = [ratio for (_, case), ratio in best.items() if case.isdigit()]
+    trained = [ratio for (_, case), ratio in best.items() if case.startswith("train")]
+    for ratios, what in ((forward, "forward"), (trained, "forward and backward")):
+        if ratios:
+            mean = statistics.geometric_mean(ratios)
+            told.append(f"Over the best peer, {what}: {mean:.2f}x in the geometric mean, {min(ratios):.2f}x at the least.")
+    bars = payload["bars"].get("effarch", {})
+    if saved := bars.get("saved_vs_grouped"):
+        shares = ", ".join(f"{share:.2f} ({shape})" for shape, share in saved.items())
+        told.append(f"Kept for the gradient, over what Hugging Face's grouped_mm keeps: {shares}.")
+    if skew := bars.get("zipf_vs_uniform"):
+        shares = ", ".join(f"{found['time']:.2f} ({shape})" for shape, found in skew.items())
+        told.append(f"Time at a routing by Zipf's law over that at a uniform one: {shares}.")
+    if bars.get("largest_first_s"):
+        told.append(f"The longest first call took {bars['largest_first_s']:.1f} s.")
+    if bars.get("largest_error_vs_eager"):
+        told.append(f"The largest error is {bars['largest_error_vs_eager']:.2f} times eager's.")
+    return " ".join(told)
+
+
+def moe_upcycling(payload: Payload) -> str:
+    """Held-out perplexity of a dense model and of its upcycled copy."""
+    curves, weights, plan = payload["curves"], payload["weights"], payload["plan"]
+    ends = {name: curves[name][-1] for name in ("dense, after", "upcycled")}
+    rows = []
+    for title, name, key in (("dense", "dense, after", "dense"), ("upcycled", "upcycled", "upcycled")):
+        counts, end = weights[key], ends[name]
+        rows.append((title, f"{counts['all']:,}", f"{counts['active']:,}", f"{end['perplexity']:.3f}"))
+    start, end = curves["upcycled"][0], ends["upcycled"]
+    lead = (
+        f"examples/moe_upcycling.py, size {payload['size']}: a dense model of perplexity {start['perplexity']:.3f} goes on for"
+        f" {end['tokens'] - start['tokens']:,} bytes of text, as it is and with its feed-forward layers made into"
+        f" {plan['experts']} experts of half the width, 2 for each byte, which effarch computes in training and evaluation."
+    )
+    header = ("model", "weights", "active", "held-out perplexity of a byte")
+    return "\n\n".join(("#### Upcycling", lead, table(header, rows), source(payload)))
+
+
 SECTIONS: dict[str, Callable[[Payload], str]] = {
     "attention": attention,
     "mask-memory": mask_memory,
@@ -324,6 +410,8 @@ SECTIONS: dict[str, Callable[[Payload], str]] = {
     "recurrence-length": recurrence_length,
     "recurrent-decode": recurrent_decode,
     "recurrent-models": recurrent_models,
+    "moe": moe,
+    "moe-upcycling": moe_upcycling,
     "coverage": coverage,
     "compile-time": compile_time,
     "compile-cache": compile_cache,

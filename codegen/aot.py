@@ -28,8 +28,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..errors import KernelError
 from ..ops.attention import AttentionSpec
+from ..ops.experts import ExpertsSpec
 from ..ops.recurrence import RecurrenceSpec
-from . import decode, emit, recurrence, scan
+from ..ops.route import RouteSpec
+from . import decode, emit, experts, recurrence, route, scan
 from .attention import Config, Problem, source
 from .hooks import Variant
 
@@ -192,6 +194,73 @@ def compile_scan(
         module.processors = lambda device: processors  # type: ignore[attr-defined]
         out, final = module.forward(v, **named, layout=layout, config=config)
         module.backward(out, final, v, **named, **({} if spec.has_rows else {"out": out}), config=config)
+        return [_compile(launch, launch.kernel.__name__, target) for launch in log]
+
+
+def compile_experts(
+    spec: ExpertsSpec,
+    problem: experts.Problem,
+    *,
+    target: str,
+    sizes: tuple[int, int, int] = (2048, 768, 128),
+    tokens: int = 4096,
+    slots: int = 8,
+    tile: int | None = None,
+    along: bool = True,
+    keep: bool = True,
+    config: experts.Config | None = None,
+    directions: Sequence[str] = ("forward", "backward"),
+) -> list[Report]:
+    """Compiles the kernels of a layer of experts of `sizes` d, f and E.
+
+    Args:
+        tile: which of the configuration's; as the sizes choose if not given.
+        along: whether weights stand in memory along what their product sums.
+        keep: whether the pre-activation is written, as it is for a gradient.
+
+    Raises:
+        KernelError: an unknown target, or Triton's interpreter is on.
+    """
+    if target not in TARGETS:
+        raise KernelError(f"Expected one of {sorted(TARGETS)} but got target={target!r}.")
+    d, f, count = sizes
+    dtype, columns = problem.dtype, f if spec.is_pair or not spec.gated else 2 * f
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def stack(inner: int, outer: int) -> Tensor:
+        return empty(count, outer, inner).mT if along else empty(count, inner, outer)
+
+    ups, down = [stack(d, columns) for _ in range(2 if spec.is_pair else 1)], [stack(f, d)]
+    biases = [empty(count, columns) for _ in ups] if spec.biased[0] else [], [empty(count, d)] if spec.biased[1] else []
+    x, h = empty(tokens, d), empty(tokens * slots, len(ups) * columns) if keep else None
+    ids, weights = empty(tokens, slots, dtype=torch.int64), empty(tokens, slots) if spec.weighted != "none" else None
+    operands = (x, ids, weights, ups, down, biases)
+    with _recording(experts.source(spec, problem, config=config)) as (module, log):
+        if "forward" in directions:
+            chosen = module.choice(tokens, slots, count, keep=keep) if tile is None else (tile, False)
+            module.forward(*operands, out=x, h=h, tile=chosen[0], few=chosen[1])
+        if "backward" in directions:
+            module.backward(x, *operands, h, dx=x, d_weights=weights, d_up=ups, d_down=down, d_biases=biases, tile=tile)
+        return [_compile(launch, launch.kernel.__name__, target) for launch in log]
+
+
+def compile_route(
+    spec: RouteSpec, *, target: str, experts: int = 128, tokens: int = 4096, dtype: torch.dtype = torch.float32
+) -> list[Report]:
+    """Compiles the kernels of a router of so many experts.
+
+    Raises:
+        KernelError: an unknown target, or Triton's interpreter is on.
+    """
+    if target not in TARGETS:
+        raise KernelError(f"Expected one of {sorted(TARGETS)} but got target={target!r}.")
+    logits = torch.empty((tokens, experts), dtype=dtype, device="meta")
+    bias = torch.empty(experts, device="meta") if spec.select_bias else None
+    with _recording(route.source(spec)) as (module, log):
+        weights, ids = module.forward(logits, bias)
+        module.backward(weights, logits, ids)
         return [_compile(launch, launch.kernel.__name__, target) for launch in log]
 
 

@@ -23,7 +23,7 @@ from effcompile.ir import Candidate, Match, Work
 from effcompile.ops.attention import AttentionSpec, index_tensors
 from effcompile.terms import Load, from_text, is_condition
 
-from . import decode, hopper, recurrence_choices, sdpa
+from . import decode, experts_choices, hopper, recurrence_choices, route_choices, sdpa
 from .hooks import Variant
 from .implementation import Implementation, generates_for, hints_of_match, size_as_number
 from .launching import width_of
@@ -257,4 +257,6 @@ def _density(text: str, sizes: tuple[str, ...], tq: int, tk: int) -> float:
 FAMILIES: dict[str, Callable[[Match, Hardware], list[Implementation]]] = {
     "attention": _attention,
     "recurrence": recurrence_choices.implementations,
+    "experts": experts_choices.implementations,
+    "route": route_choices.implementations,
 }

@@ -19,6 +19,7 @@ from .terms import ATOM, PRODUCT, UNARY, BoolLoad, FloorDiv, IsTrue, Load, Modul
 
 Names = Mapping[Term, str]
 INDICES = frozenset({"s", "b", "h", "i", "j"})
+ELEMENTS = frozenset({"gate", "up"})  # of an activation
 
 TANH = "tanh"  # primitives that a kernel file defines beside its kernels
 SIGMOID = "sigmoid"
@@ -207,4 +208,4 @@ class _Torch(_Source):
     @staticmethod
     def is_python_number(term: Term) -> bool:
         """Sizes and literals are Python numbers in the reference; everything else is a tensor."""
-        return not term.has(Load) and not any(symbol.name in INDICES for symbol in term.free_symbols)
+        return not term.has(Load) and not any(symbol.name in INDICES | ELEMENTS for symbol in term.free_symbols)

@@ -26,7 +26,7 @@ from .viewmaps import shape_of, size_term
 aten = torch.ops.aten
 
 Lower = Callable[..., "Node | Mapping[str, Node]"]
-LAYOUTS = {"attention": ("bhtd", "bthd"), "recurrence": ("tbhd", "bhtd", "bthd")}
+LAYOUTS = {"attention": ("bhtd", "bthd"), "recurrence": ("tbhd", "bhtd", "bthd"), "experts": ("bhtd",), "route": ("bhtd",)}
 """The memory orders in which a family's operation can be asked to write its result."""
 _COPIES = (aten.clone.default, aten.contiguous.default)
 _B, _H, _I, _C, _D = (integer_symbol(name) for name in ("b", "h", "i", "c", "d"))

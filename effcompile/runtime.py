@@ -1,7 +1,7 @@
 """Runs the semantic operations: hands each call to its generated kernel, or to its lowering for a CPU.
 
-If a kernel cannot be built or launched, an attention is computed by the reference and a recurrence chunk by chunk in ATen, with one
-warning; EFFARCH_FALLBACK=error raises instead.
+If a kernel cannot be built or launched, an attention is computed by the reference, a recurrence chunk by chunk in ATen, experts
+segment by segment and a router by the reference, with one warning; EFFARCH_FALLBACK=error raises instead.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from .config import failing_kernels_raise
 from .errors import EffcompileWarning, summary
 from .ops import attention as op
-from .ops import recurrence
+from .ops import experts, recurrence, route_operator
 
 _warned: set[str] = set()
 _registered = False
@@ -158,8 +158,109 @@ def _copied(
     return out, normaliser
 
 
+def _experts(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, up: Any, down: Any, biases: Any, spec: str) -> torch.Tensor:
+    return _experts_forward(x, ids, weights, up, down, biases, spec)[0]
+
+
+def _experts_forward(
+    x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, up: Any, down: Any, biases: Any, spec: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from .codegen import experts_aten
+
+    arguments = (x, ids, weights, up, down, biases, experts.ExpertsSpec.from_json(spec))
+    experts.check(*arguments)
+
+    def reference() -> tuple[torch.Tensor, torch.Tensor]:
+        out, h = experts.reference(*arguments)
+        return out, h.to(x.dtype)
+
+    return _guarded(lambda: experts_aten.forward(*arguments), reference, _EXPERTS)
+
+
+def _experts_backward(
+    grad: torch.Tensor, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, up: Any, down: Any, biases: Any,
+    h: torch.Tensor, spec: str, wanted: Any,
+) -> list[torch.Tensor]:  # fmt: skip
+    from .codegen import experts_aten_backward
+
+    parsed = experts.ExpertsSpec.from_json(spec)
+
+    def reference() -> list[torch.Tensor]:
+        return experts.reference_backward(grad, x, ids, weights, up, down, biases, parsed, wanted)
+
+    kernels = lambda: experts_aten_backward.backward(grad, x, ids, weights, up, down, biases, h, parsed, wanted)  # noqa: E731
+    return _guarded(kernels, reference, _EXPERTS)
+
+
+def _experts_on_gpu(
+    x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, up: Any, down: Any, biases: Any, spec: str
+) -> torch.Tensor:
+    from .codegen import experts as kernels
+
+    arguments = (x, ids, weights, up, down, biases)
+    with torch.cuda.device_of(x):
+        return _guarded(
+            lambda: kernels.forward(*arguments, experts.ExpertsSpec.from_json(spec), keep=False)[0],
+            lambda: _experts(*arguments, spec),
+            _SEGMENTS,
+        )
+
+
+def _experts_forward_on_gpu(
+    x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, up: Any, down: Any, biases: Any, spec: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from .codegen import experts as kernels
+
+    arguments = (x, ids, weights, up, down, biases)
+    with torch.cuda.device_of(x):
+        return _guarded(
+            lambda: kernels.forward(*arguments, experts.ExpertsSpec.from_json(spec)),
+            lambda: _experts_forward(*arguments, spec),
+            _SEGMENTS,
+        )
+
+
+def _experts_backward_on_gpu(
+    grad: torch.Tensor, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, up: Any, down: Any, biases: Any,
+    h: torch.Tensor, spec: str, wanted: Any,
+) -> list[torch.Tensor]:  # fmt: skip
+    from .codegen import experts as kernels
+
+    arguments = (grad, x, ids, weights, up, down, biases, h)
+    with torch.cuda.device_of(x):
+        return _guarded(
+            lambda: kernels.backward(*arguments, experts.ExpertsSpec.from_json(spec), wanted),
+            lambda: _experts_backward(*arguments, spec, wanted),
+            _SEGMENTS,
+        )
+
+
+def _route(logits: torch.Tensor, bias: torch.Tensor | None, spec: str) -> tuple[torch.Tensor, torch.Tensor]:
+    from .codegen import route as kernels
+
+    parsed = route_operator.checked(logits, bias, spec)
+    with torch.cuda.device_of(logits):
+        return _guarded(
+            lambda: kernels.forward(logits, bias, parsed), lambda: route_operator.reference(logits, bias, spec), _ROUTE
+        )  # fmt: skip
+
+
+def _route_backward(grad: torch.Tensor, logits: torch.Tensor, ids: torch.Tensor, spec: str) -> torch.Tensor:
+    from .codegen import route as kernels
+
+    with torch.cuda.device_of(logits):
+        return _guarded(
+            lambda: kernels.backward(grad, logits, ids, route_operator.RouteSpec.from_json(spec)),
+            lambda: route_operator.reference_backward(grad, logits, ids, spec),
+            _ROUTE,
+        )
+
+
 _ATTENTION = "an attention is computed by its reference, which materialises the scores"
 _RECURRENCE = "a recurrence is computed by its reference, one step after the other"
+_EXPERTS = "experts are computed by their reference, one after the other"
+_SEGMENTS = "experts are computed by torch's own operations, segment by segment"
+_ROUTE = "a router is computed by its reference, which sorts all experts"
 _COPIED = "the state of a recurrence is copied, not updated in place"
 _CHUNKS = "a recurrence is computed by torch's own operations, chunk by chunk"
 
@@ -198,3 +299,13 @@ def register() -> None:
     op.LIBRARY.impl("recurrence", _recurrence_on_gpu, "CUDA")
     op.LIBRARY.impl("recurrence_update", _recurrence_update_on_gpu, "CUDA")
     op.LIBRARY.impl("recurrence_backward", _recurrence_backward_on_gpu, "CUDA")
+    op.LIBRARY.impl("route", route_operator.reference, "CPU")
+    op.LIBRARY.impl("route_backward", route_operator.reference_backward, "CPU")
+    op.LIBRARY.impl("route", _route, "CUDA")
+    op.LIBRARY.impl("route_backward", _route_backward, "CUDA")
+    op.LIBRARY.impl("experts", _experts, "CPU")
+    op.LIBRARY.impl("experts_forward", _experts_forward, "CPU")
+    op.LIBRARY.impl("experts_backward", _experts_backward, "CPU")
+    op.LIBRARY.impl("experts", _experts_on_gpu, "CUDA")
+    op.LIBRARY.impl("experts_forward", _experts_forward_on_gpu, "CUDA")
+    op.LIBRARY.impl("experts_backward", _experts_backward_on_gpu, "CUDA")

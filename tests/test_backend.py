@@ -408,7 +408,7 @@ def test_dump(tmp_path):
     f(*qkv())
     (folder,) = tmp_path.iterdir()
     written = {path.name for path in folder.iterdir()}
-    assert {"0-lifted.py", "1-normalize.py", "4-attention.py", "4-attention.diff", "report.json"} <= written
+    assert {"0-lifted.py", "1-normalize.py", "5-attention.py", "5-attention.diff", "report.json"} <= written
 
 
 def test_inductor_options_reach_inductor():

@@ -196,6 +196,155 @@ def test_table_of_masks(load):
     ]
 
 
+def test_table_of_experts(load):
+    common = {"shape": "qwen3-30b", "status": "ok", "of_floor": 0.5}
+    results = [
+        {**common, "case": "1", "contender": "effarch", "ms": 0.3, "graph_ms": 0.05},
+        {**common, "case": "1", "contender": "grouped", "ms": 0.9, "graph_ms": 0.2},
+        {**common, "case": "1", "contender": "eager", "ms": 3.0},
+        {**common, "case": "1", "contender": "inductor-batched", "ms": 0.9, "graph_ms": 0.1},
+        {**common, "case": "1", "contender": "effarch-plain", "ms": 0.9, "graph_ms": 0.04},
+        {**common, "case": "train-8192", "contender": "effarch", "ms": 4.0},
+        {**common, "case": "train-8192", "contender": "inductor-grouped", "ms": 6.0},
+        {**common, "case": "train-8192", "contender": "eager", "status": "not tried: too large"},
+        {**common, "case": "train-8192", "contender": "batched", "status": "does not fit"},
+        {**common, "case": "zipf-4096", "contender": "effarch", "status": "crash"},
+        {**common, "case": "16", "contender": "grouped", "ms": 1.0},
+    ]
+    found = {"saved_vs_grouped": {"qwen3-30b": 0.3}, "zipf_vs_uniform": {"qwen3-30b": {"time": 1.1}}, "largest_first_s": 4.2}
+    payload = {"benchmark": "moe", "results": results, "bars": {"effarch": {**found, "largest_error_vs_eager": 1.04}}}
+    assert rendered(load, payload) == [
+        "| qwen3-30b | 1 | 60.00x | 4.00x | - | 2.00x | 2.00x | 2.50x | 0.50 |",
+        "| qwen3-30b | 8192, forward + backward | not tried | - | out of memory | 1.50x | 1.50x | - | 0.50 |",
+        "| qwen3-30b | 4096, skewed | crash | - | - | - | - | - | - |",
+    ]
+    text = load("tables").moe({"environment": ENVIRONMENT, **payload})
+    assert "forward: 2.00x in the geometric mean, 2.00x at the least" in text
+    assert "grouped_mm keeps: 0.30 (qwen3-30b)" in text and "uniform one: 1.10 (qwen3-30b)" in text
+    assert "first call took 4.2 s" in text and "1.04 times eager's" in text
+
+
+def test_table_of_upcycling(load):
+    curve = lambda *ends: [{"tokens": 10 * n, "perplexity": x, "train_s": 2.0 * n} for n, x in enumerate(ends, 1)]  # noqa: E731
+    payload = {"benchmark": "moe-upcycling", "size": "tiny", "plan": {"experts": 8}}
+    payload["curves"] = {"dense, before": curve(9, 8), "dense, after": curve(8, 7), "upcycled": curve(8, 6.5)}
+    payload["weights"] = {"dense": {"all": 1000, "active": 1000}, "upcycled": {"all": 4000, "active": 1010}}
+    assert rendered(load, payload) == ["| dense | 1,000 | 1,000 | 7.000 |", "| upcycled | 4,000 | 1,010 | 6.500 |"]
+
+
+LAYERS = ("qwen3-30b", "mixtral-8x7b", "deepseek-v3")
+
+
+def layer_of(load: Any, name: str, source: str, routing: str = "uniform", tokens: int = 48) -> tuple[Any, ...]:
+    """A tiny layer of the benchmark of experts: its shape, itself, x, and the experts that x is drawn for."""
+    pytest.importorskip("transformers")
+    layers = load("moe_layers")
+    shape, generator = layers.SMOKE[name], torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    layer = layers.hugging_face(shape, "eager" if source == "plain" else source, "cpu")
+    ids = layers.draw(shape, tokens, routing, generator)
+    x = layers.tokens_for(ids, layer.gate.weight.detach(), generator)
+    return shape, layers.Plain(shape, layer) if source == "plain" else layer, x, ids
+
+
+@pytest.mark.parametrize("source", ["eager", "grouped_mm", "batched_mm", "plain"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_of_experts_are_what_float64_says(load, name, source):
+    layers, relative = load("moe_layers"), load("common").relative_l2
+    shape, layer, x, ids = layer_of(load, name, source, "zipf")
+    x, gradient, checked = x.requires_grad_(), torch.randn(x.shape).bfloat16(), (0, 3)
+    wanted = layers.exact(shape, layer, x[0], ids, gradient[0], checked)
+    out, named = layer(x), layers.leaves(layer)
+    grads = torch.autograd.grad(out, (x, *(named[key] for key in ("router", "up", "down"))), gradient)
+    got = {"out": out.detach()[0], "dx": grads[0][0], "drouter": grads[1]}
+    got |= {key: grad[list(checked)] for key, grad in zip(("dup", "ddown"), grads[2:], strict=True)}
+    assert wanted.keys() == got.keys()
+    assert {key: error for key in wanted if not (error := relative(got[key], wanted[key])) < 0.015} == {}
+
+
+@pytest.mark.parametrize("routing", ["uniform", "zipf"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_tokens_go_to_the_experts_they_are_drawn_for(load, name, routing):
+    shape, layer, x, ids = layer_of(load, name, "eager", routing, tokens=512)
+    assert all(len(set(row)) == shape.k for row in ids.tolist())
+    differ = (layer.gate(x[0])[2].sort(-1).values != ids.sort(-1).values).sum()
+    assert int(differ) == 0
+    counts = torch.bincount(ids.flatten(), minlength=shape.experts)
+    assert counts.min() > 0 and bool(counts.max() > 1.7 * counts.float().mean()) == (routing == "zipf")
+
+
+@pytest.mark.parametrize("source", ["grouped_mm", "batched_mm", "plain"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_of_experts_are_rewritten(load, name, source):
+    _, layer, x, _ = layer_of(load, name, source)
+    assert_rewritten(layer, x, family="experts")
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "active", "backward", "expected"),
+    [
+        ("qwen3-30b", 1, 8, False, 0.0253), ("qwen3-30b", 16, 82, False, 0.258), ("qwen3-30b", 4096, 128, False, 0.414),
+        ("qwen3-30b", 16384, 128, False, 1.58), ("qwen3-30b", 8192, 128, True, 2.37), ("mixtral-8x7b", 1, 2, False, 0.235),
+        ("mixtral-8x7b", 4096, 8, False, 3.65), ("mixtral-8x7b", 8192, 8, True, 21.9), ("deepseek-v3", 1, 8, False, 0.266),
+        ("deepseek-v3", 16384, 256, False, 16.5),
+    ],
+)  # fmt: skip
+def test_floors_of_layers_of_experts(load, name, tokens, active, backward, expected):
+    """Milliseconds at the measured peaks of an H100, worked out by hand."""
+    layers, (operations, bandwidth) = load("moe_layers"), load("attention").PEAKS["H100"]
+    shape = layers.SHAPES[name]
+    work = layers.flops(shape, tokens, backward=backward), layers.traffic(shape, tokens, active, backward=backward)
+    assert max(work[0] / operations, work[1] / bandwidth) * 1e3 == pytest.approx(expected, rel=0.01)
+
+
+def test_what_does_not_fit_is_not_tried(load):
+    moe, shapes = load("moe"), load("moe_layers").SHAPES
+    known = moe.cases(smoke=False)
+    tried = lambda contender: [  # noqa: E731
+        (shape, case.name) for shape in shapes for case in known.values()
+        if moe.unfit(shapes[shape], moe.CONTENDERS[contender], case) is None
+    ]  # fmt: skip
+    assert len(tried("effarch")) == len(tried("grouped")) == 3 * len(known)
+    assert ("deepseek-v3", "train-8192") not in tried("eager") and ("qwen3-30b", "train-8192") in tried("eager")
+    assert ("qwen3-30b", "256") in tried("batched") and ("qwen3-30b", "4096") not in tried("batched")
+
+
+def test_bars_of_layers_of_experts(load):
+    moe = load("moe")
+    common = {"shape": "qwen3-30b", "status": "ok", "rewritten": 1, "active": 128}
+    results = [
+        {**common, "case": "16", "contender": "effarch", "ms": 9.0, "graph_ms": 1.0, "first_s": 3.0, "errors": {"out": 0.002}},
+        {**common, "case": "16", "contender": "grouped", "ms": 2.0, "graph_ms": 1.6, "errors": {"out": 0.004}},
+        {**common, "case": "4096", "contender": "effarch", "ms": 2.0, "first_s": 4.0, "rewritten": 0},
+        {**common, "case": "4096", "contender": "inductor-grouped", "ms": 1.8},
+        {**common, "case": "zipf-4096", "contender": "effarch", "ms": 2.2, "first_s": 4.0, "active": 120},
+        {**common, "case": "train-8192", "contender": "effarch", "ms": 1.0, "first_s": 5.0, "saved_mb": 3.0},
+        {**common, "case": "train-8192", "contender": "grouped", "ms": 3.0, "saved_mb": 10.0},
+        {**common, "case": "train-8192", "contender": "eager", "status": "oom"},
+    ]
+    moe.add_error_ratios(results)
+    assert moe.bars(results)["effarch"] == {
+        "not_rewritten": [["qwen3-30b", "4096"]],
+        "forward_geometric_mean": 1.2,
+        "forward_least": 0.9,
+        "train": {"qwen3-30b": 3.0},
+        "slower_than_a_peer": [["qwen3-30b", "4096", 0.9]],
+        "saved_vs_grouped": {"qwen3-30b": 0.3},
+        "zipf_vs_uniform": {"qwen3-30b": {"time": 1.1, "active": [120, 128]}},
+        "largest_first_s": 5.0,
+        "largest_error_vs_eager": 0.5,
+    }
+
+
+@pytest.mark.parametrize("wanted", [3.0, 1000e9], ids=["some", "more than there is"])
+def test_processes_wait_for_memory(load, wanted):
+    moe = load("moe")
+    room = moe.Room(moe.MEMORY)
+    with room.taken(wanted):
+        assert room.free == moe.MEMORY - min(wanted, moe.MEMORY)
+    assert room.free == moe.MEMORY
+
+
 def script(path: str, *arguments: str) -> None:
     """Run a script of the repository as a user does."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -213,6 +362,19 @@ def test_training_runs(tmp_path):
     assert payload["smoke"] and {r["status"] for r in found.values()} == {"ok"}
     assert found["effarch"]["attentions"] == 2 and found["eager"]["error"] < 1e-5
     assert all(r["error_vs_eager"] <= 2 for r in found.values())
+
+
+@pytest.mark.slow
+def test_layers_of_experts_run(tmp_path):
+    out = tmp_path / "moe.json"
+    options = ("--smoke", "--device", "cpu", "--jobs", "1", "--shapes", "qwen3", "--cases", "64,zipf,train")
+    script("benchmarks/moe.py", *options, "--contenders", "effarch,effarch-plain,grouped,eager", "--out", str(out))
+    payload = json.loads(out.read_text())
+    assert payload["smoke"] and len(payload["results"]) == 12
+    assert all(r["status"] == "ok" and max(r["errors"].values()) < 0.015 for r in payload["results"])
+    assert all(r["error_vs_eager"] <= 2 for r in payload["results"])
+    assert all(r["saved_mb"] > 0 for r in payload["results"] if r["case"].startswith("train"))
+    assert payload["bars"].keys() == {"effarch", "effarch-plain"}
 
 
 @pytest.mark.slow

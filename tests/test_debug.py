@@ -198,7 +198,7 @@ def test_every_pass_runs_by_itself(name):
 @pytest.mark.parametrize(
     ("name", "hardware", "message"),
     [
-        ("atention", None, "one of normalize, chunked, loops, attention, .* but got name='atention'"),
+        ("atention", None, "one of normalize, chunked, experts, loops, attention, .* but got name='atention'"),
         ("attention", "h100", "but got 'h100'"),
     ],
     ids=["pass", "hardware"],
@@ -230,9 +230,9 @@ def test_dump_of_a_graph(tmp_path):
     names = {path.name for path in folder.iterdir()}
     assert {f"{stage}.py" for stage in stages} | {f"{stage}.diff" for stage in stages[1:]} <= names
     assert {"attempts.txt", "report.json"} <= names
-    difference = (folder / "4-attention.diff").read_text()
+    difference = (folder / "5-attention.diff").read_text()
     assert "\n+" in difference and "torch.ops.effcompile.attention.default(" in difference
-    assert (folder / "5-sdpa.diff").read_text() == "# nothing changed\n"
+    assert (folder / "6-sdpa.diff").read_text() == "# nothing changed\n"
     attempts = (folder / "attempts.txt").read_text().splitlines()
     assert len(attempts) == 2 and "rewritten as triton" in attempts[0] and "refused" in attempts[1]
     report = json.loads((folder / "report.json").read_text())
@@ -243,7 +243,7 @@ def test_dump_of_a_graph(tmp_path):
 
 def test_dumped_graphs_run(tmp_path):
     (folder,) = dumped(Block().eval(), qkv(), tmp_path)
-    for stage in ("0-lifted", "4-attention"):
+    for stage in ("0-lifted", "5-attention"):
         assert execute(folder / f"{stage}.py") == "output 0: torch.float32 [2, 2, 16, 8]\noutput 1: torch.float32 []\n"
 
 
@@ -251,7 +251,7 @@ def test_dumped_graphs_agree(tmp_path):
     """The rewritten file computes what the lifted one does, from the same random inputs."""
     (folder,) = dumped(Block().eval(), qkv(), tmp_path)
     results = []
-    for stage in ("0-lifted", "4-attention"):
+    for stage in ("0-lifted", "5-attention"):
         scope = {"__name__": stage, "__file__": str(folder / f"{stage}.py")}
         exec(compile((folder / f"{stage}.py").read_text(), stage, "exec"), scope)
         results.append(scope["Graph"]()(*scope["inputs"]()))

@@ -67,7 +67,7 @@ def fail_inductor_on_rewritten(monkeypatch):
 
 # Each plants one failure; the step that the report names, and whether the whole graph is given up.
 FAULTS = {
-    "hardware": (lambda m: m.setattr(pipeline.profiles, "get", fail), "graph", True),
+    "hardware": (lambda m: m.setattr(pipeline.devices, "get", fail), "graph", True),
     "lift": (lambda m: m.setattr(pipeline.trace, "lift", fail), "graph", True),
     "normalize": (lambda m: m.setattr(pipeline, "normalize", fail), "graph", True),
     "view": (lambda m: m.setattr(pipeline, "GraphView", fail), "graph", True),

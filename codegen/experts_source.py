@@ -1,0 +1,224 @@
+"""The text of the kernel file of a layer of experts: importable, readable, with nothing of ours needed to run it."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import sympy
+
+from effcompile.ops.experts import ExpertsSpec
+from effcompile.printers import shared, to_torch, to_triton
+from effcompile.terms import Term, derivative, to_text
+
+from . import emit, weave
+from .recurrence_source import _assigns, trim
+
+_TEMPLATES = {
+    "experts_parts": "Loads", "experts_order_kernels": "Order", "experts_kernels": "Rows", "experts_few_kernels": "Few assignments",
+    "recurrence_hosts": "Starting", "experts_launches": "Launches",
+}  # fmt: skip
+_FLAGS = ("GATED", "INTERLEAVED", "WEIGHTED_IN", "WEIGHTED_OUT")
+_SETTINGS = (*_FLAGS, "PAIR", "PRECISION", "RUNTIME", "TILES", "OUTER", "FEW", "activation", "activation_and_slopes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a file holds beside the specification: launch configurations, see `experts_launches`, tiles by rising rows."""
+
+    dtype: str
+    tiles: Sequence[Mapping[str, Mapping[str, int]]]
+    outer: Mapping[str, int]
+    few: Mapping[str, Mapping[str, int]]
+    fast_tanh: bool = False
+
+
+def flags(spec: ExpertsSpec) -> dict[str, bool]:
+    """The template's flags for a specification."""
+    return {
+        "GATED": spec.gated,
+        "INTERLEAVED": spec.interleaved,
+        "WEIGHTED_IN": spec.weighted == "input",
+        "WEIGHTED_OUT": spec.weighted == "output",
+    }
+
+
+def source(spec: ExpertsSpec, settings: Settings) -> str:
+    """The text of the kernel file.
+
+    Raises:
+        ExpressionError: an activation that Triton cannot compute, or without a derivative.
+    """
+    decided = flags(spec)
+    text = "\n\n".join(_template(name, title, decided) for name, title in _TEMPLATES.items())
+    runtime = next(ast.unparse(x) for x in ast.parse(emit._template("experts_parts.py")).body if _assigns(x, "RUNTIME"))
+    parts = [
+        f"{_constants(spec, settings)}\n{runtime}", emit._primitives(emit._tanh(settings.dtype, settings.fast_tanh)),
+        emit._heading("The activation"), _activation(spec),
+        trim(text), emit._heading("Reference"), _reference(spec), emit._heading("Check"), _MAIN.replace("<MADE>", _made(spec)),
+    ]  # fmt: skip
+    return emit._file(_header(spec, settings), parts)
+
+
+def _template(name: str, title: str, decided: Mapping[str, bool]) -> str:
+    text = weave.drop(emit._template(f"{name}.py"), _SETTINGS)
+    return emit._without_preamble(weave.prune(text, decided), title)
+
+
+def _constants(spec: ExpertsSpec, settings: Settings) -> str:
+    listed = "".join(f"    {{\n{_lines(tile, 8)}    }},\n" for tile in settings.tiles)
+    return "\n".join(
+        [
+            f"DTYPE = torch.{settings.dtype}",
+            f"PRECISION = tl.constexpr({'ieee' if settings.dtype == 'float32' else 'tf32'!r})",
+            *(f"{name} = {value}" for name, value in flags(spec).items()),
+            f"PAIR = {spec.is_pair}",
+            f"TILES = (\n{listed})",
+            f"OUTER = {dict(settings.outer)!r}",
+            f"FEW = {{\n{_lines(settings.few, 4)}}}",
+        ]
+    )
+
+
+def _lines(named: Mapping[str, Mapping[str, int]], indent: int) -> str:
+    return "".join(f'{" " * indent}"{name}": {dict(options)!r},\n' for name, options in named.items())
+
+
+# --------------------------------------------------------------------------------------------------------------------- Activation
+
+
+def _activation(spec: ExpertsSpec) -> str:
+    arguments = ("gate", "up") if spec.gated else ("up",)
+    slopes = [derivative(spec.term, sympy.Symbol(name, real=True)) for name in arguments]
+    told = "by gate and by up" if spec.gated else "by up"
+    return "\n\n".join(
+        [
+            _function("activation", arguments, [spec.term], "The activation, in float32."),
+            _function("activation_and_slopes", arguments, [spec.term, *slopes], f"The activation, and its slopes {told}."),
+        ]
+    )
+
+
+def _function(name: str, arguments: Sequence[str], terms: Sequence[Term], told: str) -> str:
+    """A device function of float32 blocks that gives every term as a block, what they share computed once."""
+    names: dict[Term, str] = {}
+    lines = []
+    for at, part in enumerate(shared(terms)):
+        lines.append(f"    x{at} = {to_triton(part, names)}\n")
+        names[part] = f"x{at}"
+    results = ", ".join(_block(term, names) for term in terms)
+    return f'@triton.jit\ndef {name}({", ".join(arguments)}):\n    """{told}"""\n{"".join(lines)}    return {results}\n'
+
+
+def _block(term: Term, names: Mapping[Term, str]) -> str:
+    """A term that is the same everywhere becomes a block."""
+    return to_triton(term, names) if term.free_symbols else f"tl.full(up.shape, {float(term)!r}, tl.float32)"
+
+
+# ----------------------------------------------------------------------------------------------------------------------- The rest
+
+
+def _header(spec: ExpertsSpec, settings: Settings) -> str:
+    inside = "(w[t,s] x_t)" if spec.weighted == "input" else "x_t"
+    weight = "w[t,s] " if spec.weighted == "output" else ""
+    halves = "one after the other"
+    if spec.gated:
+        halves = (
+            "in turn in U's columns" if spec.interleaved else "tensors of their own" if spec.is_pair else "halves of U's columns"
+        )
+    tiles = "\n".join(f"    {tile['FIRST']['BLOCK_M']} rows" for tile in settings.tiles)
+    gate = f"gate and up: {halves}" if spec.gated else "no gate"
+    biases = [name for name, there in zip(("b1", "b2"), spec.biased, strict=True) if there]
+    first, second = (f" + {name}_e" if there else "" for name, there in zip(("b1", "b2"), spec.biased, strict=True))
+    return f'''"""A layer of experts, written by effcompile.
+
+    y_t = sum_s {weight}(act({inside} U_e{first}) D_e{second}),  e = ids[t,s]
+
+    act:  {to_text(spec.term)};   {gate}
+
+Shapes: x [T, d], ids and weights [T, k], U [E, d, F], D [E, f, d_out], {settings.dtype}, any strides.
+Biases: {", ".join(biases) or "none"}.
+An id outside 0..E-1 drops its assignment.
+Tiles, of which the first is taken that holds one and a half times the rows of an expert:
+{tiles}
+
+Run this file to compare the kernels with the reference and to time them.
+"""'''
+
+
+def _reference(spec: ExpertsSpec) -> str:
+    gate, up = ("h[..., 0::2]", "h[..., 1::2]") if spec.interleaved else ("h[..., :f]", "h[..., f:]")
+    term = to_torch(spec.term) if spec.term.free_symbols else f"torch.full_like(up, {float(spec.term)!r})"
+    lines = [f"gate, up = {gate}, {up}" if spec.gated else "up = h"]
+    text = _REFERENCE.replace("<HALVES>", lines[0]).replace("<TERM>", term)
+    first, second = ("True" if there else "False" for there in spec.biased)
+    decided = {**flags(spec), "FIRST_BIAS": first == "True", "SECOND_BIAS": second == "True"}
+    return weave.prune(text, decided)
+
+
+_REFERENCE = '''def reference(x, ids, weights, up, down, biases):
+    """The same in plain torch, expert by expert, in the dtype of x: `(out, h)`."""
+    first, second = torch.cat(list(up), -1), down[0]
+    out, kept, f = x.new_zeros((x.shape[0], second.shape[-1])), [], second.shape[1]
+    for e in range(second.shape[0]):
+        token, slot = (ids == e).nonzero(as_tuple=True)
+        rows = x[token]
+        if WEIGHTED_IN:
+            rows = rows * weights[token, slot][:, None]
+        h = rows @ first[e]
+        if FIRST_BIAS:
+            h = h + torch.cat([b[e] for b in biases[0]])
+        kept.append(h)
+        <HALVES>
+        y = (<TERM>) @ second[e]
+        if SECOND_BIAS:
+            y = y + biases[1][0][e]
+        if WEIGHTED_OUT:
+            y = y * weights[token, slot][:, None]
+        out = out.index_add(0, token, y)
+    return out, torch.cat(kept)
+'''
+
+
+def _made(spec: ExpertsSpec) -> str:
+    width = "f" if spec.is_pair or not spec.gated else "2 * f"
+    ups = f"[make(experts, {width}, d).transpose(1, 2) for _ in range({2 if spec.is_pair else 1})]"
+    first = f"[make(experts, {width}) for _ in range({2 if spec.is_pair else 1})]" if spec.biased[0] else "[]"
+    second = "[make(experts, d)]" if spec.biased[1] else "[]"
+    return f"    up, down, biases = {ups}, [make(experts, d, f).transpose(1, 2)], ({first}, {second})\n"
+
+
+_MAIN = '''def main(tokens=1024, slots=2, experts=8, d=1024, f=2048, device="cuda"):
+    """Compares forward and backward with the reference in float64, and times the kernels."""
+    torch.manual_seed(0)
+    make = lambda *shape: torch.randn(shape, device=device).mul(shape[-1] ** -0.5).to(DTYPE)
+    x, weights = make(tokens, d).mul(d**0.5), torch.rand(tokens, slots, device=device)
+    ids = torch.rand(tokens, experts, device=device).argsort(1)[:, :slots]
+<MADE>    operands = [x, weights, *up, *down, *biases[0], *biases[1]]
+    leaves = [t.double().requires_grad_() for t in operands]
+    end = 2 + len(up)
+    lists = leaves[2:end], leaves[end : end + 1], (leaves[end + 1 : end + 1 + len(biases[0])], leaves[end + 1 + len(biases[0]) :])
+    expected, h = reference(leaves[0], ids, leaves[1], *lists)
+    grad = torch.randn_like(expected).to(DTYPE)
+    theirs = torch.autograd.grad(expected, leaves, grad.double(), allow_unused=True)
+    out, kept = torch.empty_like(expected, dtype=DTYPE), torch.empty_like(h, dtype=DTYPE)
+    ours = [torch.empty_like(t) for t in operands]
+    given = {
+        "dx": ours[0], "d_weights": ours[1] if WEIGHTED_IN or WEIGHTED_OUT else None, "d_up": ours[2:end],
+        "d_down": ours[end : end + 1], "d_biases": (ours[end + 1 : end + 1 + len(biases[0])], ours[end + 1 + len(biases[0]) :]),
+    }
+    with torch.no_grad():
+        forward(x, ids, weights, up, down, biases, out=out, h=kept)
+        backward(grad, x, ids, weights, up, down, biases, kept, **given)
+    names = ["x", "weights", *(f"up{at}" for at in range(len(up))), "down", *(f"bias{at}" for at in range(len(ours) - end - 1))]
+    for name, got, wanted in [("out", out, expected), *((f"d{n}", *pair) for n, *pair in zip(names, ours, theirs))]:
+        if wanted is not None:
+            worst = (got.double() - wanted).norm() / wanted.norm()
+            print(f"{name:>8}: error {worst.item():.1e} of the norm")
+    if device == "cuda":
+        run = lambda: forward(x, ids, weights, up, down, biases, out=out, h=kept)
+        print(f"forward  {triton.testing.do_bench(run):.3f} ms")
+        run = lambda: backward(grad, x, ids, weights, up, down, biases, kept, **given)
+        print(f"backward {triton.testing.do_bench(run):.3f} ms")
+'''
