@@ -16,7 +16,7 @@ FOLDERS = (FOLDER, FOLDER.parent / "examples")
 ON_GPU = (
     ("attention.py",), ("decode.py",), ("models.py",), ("recurrence.py", "--jobs", "10"), ("recurrence_length.py",),
     ("recurrent_decode.py",), ("recurrent_models.py",), ("training.py",), ("mask_memory.py",), ("flash_attention.py",),
-    ("moe.py", "--jobs", "10"), ("moe_upcycling.py",),
+    ("moe.py", "--jobs", "10"), ("moe_upcycling.py",), ("cost_model.py",),
 )  # fmt: skip
 ON_CPU = (("coverage.py",), ("compile_time.py",), ("compile_time.py", "--second-process"), ("cpu_attention.py",))
 

@@ -312,7 +312,8 @@ def candidates(spec: AttentionSpec, problem: Problem) -> tuple[Config, ...]:
     found = [base, replace(base, split_dkv=not base.split_dkv)]
     for name in ("forward", "dq", "dkv", *(("captured",) if Variant(spec).learned else ())):
         launch: Launch | Rings = getattr(base, name)
-        for other in hopper.neighbours(launch) if isinstance(launch, Rings) else _neighbours(launch):
+        by_key = name == "dkv"
+        for other in hopper.neighbours(launch, by_key=by_key) if isinstance(launch, Rings) else _neighbours(launch):
             found.append(replace(base, **{name: other}))  # type: ignore[arg-type]
     return tuple(dict.fromkeys(found))
 

@@ -106,11 +106,19 @@ def rings(d_qk: int, d_v: int, *, crowded: bool, sloped: bool) -> dict[str, Ring
     return {name: chosen for name, chosen in found.items() if chosen is not None}
 
 
-def neighbours(rings: Rings) -> list[Rings]:
-    """Others worth timing."""
+def neighbours(rings: Rings, *, by_key: bool = False) -> list[Rings]:
+    """Others worth timing. `by_key`: the tile of keys stays, as dK and dV have it; it is 128, 64 for each group of warps."""
     first, second = rings.slots
-    return [
-        replace(rings, slots=(max(1, first - 1), max(1, second - 1))),
-        replace(rings, slots=(first + 1, second + 1)),
-        replace(rings, block_n=rings.block_n // 2, slots=(2 * first, 2 * second)) if rings.block_n == 128 else rings,
-    ]
+    fewer = replace(rings, slots=(max(1, first - 1), max(1, second - 1)))
+    return [fewer, replace(rings, slots=(first + 1, second + 1)), _other_tile(rings, by_key=by_key)]
+
+
+def _other_tile(rings: Rings, *, by_key: bool) -> Rings:
+    """Half of the moving tile in twice the slots, or twice a small tile of queries in half of them."""
+    first, second = rings.slots
+    halves = (2 * first, 2 * second)
+    if by_key:
+        smaller = replace(rings, block_m=rings.block_m // 2, slots=halves)
+        larger = replace(rings, block_m=2 * rings.block_m, slots=(max(1, first // 2), max(1, second // 2)))
+        return smaller if rings.block_m > 32 else larger
+    return replace(rings, block_n=rings.block_n // 2, slots=halves) if rings.block_n == 128 else rings

@@ -111,7 +111,7 @@ class _Resolver:
             verdict = self.truth(term.args[0])
             if verdict is None:
                 if {I, J} <= term.args[0].free_symbols:
-                    raise Stop("mask", f"the mask is not known to be causal: {short(term.args[0])}", self.node)
+                    raise Stop("mask", _undecided(term.args[0]), self.node)
                 return Where(term.args[0], self.resolve(term.args[1]), self.resolve(term.args[2]))
             return self.resolve(term.args[1] if verdict else term.args[2])
         parts = [self.resolve(a) for a in term.args]
@@ -155,6 +155,19 @@ class _Resolver:
             verdict = self.ranges.compare(type(condition), sympy.expand(a), sympy.expand(b))
             return verdict is sympy.true if verdict in (sympy.true, sympy.false) else None
         return None
+
+
+def _undecided(condition: Term) -> str:
+    """Why nothing is known of a condition on both positions: one tensor's equal entries may stand anywhere."""
+    equal = next((x for x in condition.atoms(sympy.Eq) if all(isinstance(a, Load) for a in x.args)), None)
+    if equal is not None:
+        a, b = equal.args
+        if a.tensor == b.tensor and {a, b} == {a.xreplace({J: I}), a.xreplace({I: J})}:
+            return (
+                f"entries of {a.tensor} that are equal are not known to stand side by side, as those of one document do: "
+                f"{short(equal)}; a loop or a scan that resets its state at each document's start needs no such knowledge"
+            )
+    return f"the mask is not known to be causal: {short(condition)}"
 
 
 def _vanishes(term: Term) -> bool:

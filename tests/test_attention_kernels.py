@@ -449,5 +449,16 @@ def test_candidates_start_with_the_default_and_differ() -> None:
     assert len(set(found)) == len(found) > 3
 
 
+@pytest.mark.parametrize("width", [64, 128, 256])
+def test_candidates_for_hopper_keep_the_tiles_that_its_kernels_are_written_for(width: int) -> None:
+    """128 queries, or 128 keys for dK and dV, in two groups of warps: 64 rows are what one takes."""
+    problem = attention.Problem(d_qk=width, d_v=width, dtype=torch.bfloat16, arch="sm_90")
+    found = attention.candidates(spec(), problem)
+    assert {config.for_hopper for config in found} == {frozenset(("forward", "dq", "dkv"))}
+    assert {tile.block_m for config in found for tile in (config.forward, config.dq)} == {128}
+    assert {config.dkv.block_n for config in found} == {128}
+    assert {config.dkv.block_m for config in found} == {32, 64}
+
+
 if __name__ == "__main__":
     run()
