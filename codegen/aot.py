@@ -232,9 +232,14 @@ def compile_experts(
     def stack(inner: int, outer: int) -> Tensor:
         return empty(count, outer, inner).mT if along else empty(count, inner, outer)
 
-    ups, down = [stack(d, columns) for _ in range(2 if spec.is_pair else 1)], [stack(f, d)]
-    biases = [empty(count, columns) for _ in ups] if spec.biased[0] else [], [empty(count, d)] if spec.biased[1] else []
-    x, h = empty(tokens, d), empty(tokens * slots, len(ups) * columns) if keep else None
+    def stored(of_all: Tensor) -> list[Tensor]:
+        return [of_all] if spec.is_stacked else [*of_all]
+
+    parts = range(2 if spec.is_pair else 1)
+    ups, down = [x for _ in parts for x in stored(stack(d, columns))], stored(stack(f, d))
+    first = [x for _ in parts for x in stored(empty(count, columns))] if spec.biased[0] else []
+    biases = first, stored(empty(count, d)) if spec.biased[1] else []
+    x, h = empty(tokens, d), empty(tokens * slots, len(parts) * columns) if keep else None
     ids, weights = empty(tokens, slots, dtype=torch.int64), empty(tokens, slots) if spec.weighted != "none" else None
     operands = (x, ids, weights, ups, down, biases)
     with _recording(experts.source(spec, problem, config=config)) as (module, log):

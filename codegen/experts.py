@@ -171,24 +171,34 @@ def source(spec: ExpertsSpec, problem: Problem, *, config: Config | None = None)
     return source_text(spec, settings)
 
 
-def refusal(x: Tensor, up: Tensors, down: Tensors, spec: ExpertsSpec) -> str | None:
+def refusal(x: Tensor, up: Tensors, down: Tensors, biases: Tensors, spec: ExpertsSpec) -> str | None:
     """Why the kernels do not take these operands, if they do not."""
-    if not spec.is_stacked:
-        return f"Expected the weights of all experts in one tensor but got stacking={spec.stacking!r}. Stack them."
     if x.dtype not in DTYPES:
         return f"Expected x of {DTYPES} but got x.dtype={x.dtype!r}. Cast it first."
     for name, tensors in (("up", up), ("down", down)):
-        for tensor in tensors:
-            if sum((size - 1) * stride for size, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True)) >= _LIMIT:
+        for tensor in tensors[:: 1 if spec.is_stacked else len(down)]:
+            if sum((size - 1) * stride for size, stride in zip(tensor.shape[-2:], tensor.stride()[-2:], strict=True)) >= _LIMIT:
                 return (
                     f"Expected an expert's weights within {_LIMIT} elements but got {name}.stride()={tensor.stride()!r}. Copy them."
                 )
+    return None if spec.is_stacked else _unlike(up, down, biases)
+
+
+def _unlike(up: Tensors, down: Tensors, biases: Tensors) -> str | None:
+    """Why one expert's tensors cannot be read as another's are: kernels know what leads from one to another, no more."""
+    for name, tensors in (("up", up), ("down", down), ("biases", biases)):
+        for begin in range(0, len(tensors), len(down)):
+            some = tensors[begin : begin + len(down)]
+            if len({(x.stride(), x.dtype, x.device) for x in some}) > 1:
+                return f"Expected all experts' {name} of the same strides, dtype and device but got others. Make them alike."
+            if len({x.data_ptr() % 16 for x in some}) > 1:
+                return f"Expected all experts' {name} a multiple of 16 bytes apart but got others. Copy them."
     return None
 
 
 def _check(x: Tensor, ids: Tensor, weights: Tensor, up: Tensors, down: Tensors, biases: Tensors, spec: ExpertsSpec) -> None:
     check(x, ids, weights, up, down, biases, spec)
-    why = refusal(x, up, down, spec)
+    why = refusal(x, up, down, biases, spec)
     if why:
         raise KernelError(why)
 

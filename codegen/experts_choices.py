@@ -62,10 +62,10 @@ def _shape(match: Match) -> _Shape:
 
 
 def implementations(match: Match, hardware: Hardware) -> list[Implementation]:
-    """All ways to carry out a layer of experts on given hardware, the original last. Kernels take weights that are stacked."""
+    """All ways to carry out a layer of experts on given hardware, the original last."""
     shape = _shape(match)
     found = []
-    if hardware.vendor == "cpu" or (generates_for(hardware) and match.spec.is_stacked):
+    if hardware.vendor == "cpu" or generates_for(hardware):
         found.append(Implementation(candidate=_ours(match, shape, hardware), lower=lower))
     own = Candidate(
         name="inductor", kind="inductor", work=_left(match, shape), compute_efficiency=0.6, memory_efficiency=0.8

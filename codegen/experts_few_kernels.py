@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .experts_parts import GATED, RUNTIME, WEIGHTED_IN, WEIGHTED_OUT, activation, load_expert, load_weights
+from .experts_parts import GATED, RUNTIME, WEIGHTED_IN, WEIGHTED_OUT, activation, load_expert, load_weights, of_expert
 from .primitives import wide
 
 # --------------------------------------------------------------------------------------------------------------- Few assignments
@@ -23,7 +23,7 @@ def load_columns(at, k, cols, K):
 @triton.jit(do_not_specialize=RUNTIME)
 def few_first_kernel(
     X, Ids, Weights, Gate, Up, GateBias, UpBias, Acts, stride_xt, stride_xd, stride_it, stride_is, stride_wt, stride_ws,
-    stride_ge, stride_gd, stride_gf, stride_ue, stride_ud, stride_uf, stride_ae, stride_af, stride_be, stride_bf,
+    reach_g, stride_gd, stride_gf, reach_u, stride_ud, stride_uf, reach_a, stride_af, reach_b, stride_bf,
     D, F, SLOTS, EXPERTS, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Acts [ASSIGNMENTS, F] in float32: activations, by assignment."""
@@ -33,10 +33,10 @@ def few_first_kernel(
         return
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = (n < F)[:, None]
-    u_at = Up + wide(e) * stride_ue + (n * stride_uf)[:, None]
+    u_at = of_expert(Up, e, reach_u) + (n * stride_uf)[:, None]
     up_sum = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     if GATED:
-        g_at = Gate + wide(e) * stride_ge + (n * stride_gf)[:, None]
+        g_at = of_expert(Gate, e, reach_g) + (n * stride_gf)[:, None]
         gate_sum = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     for begin in range(0, D, BLOCK_K):
         k = begin + tl.arange(0, BLOCK_K)
@@ -53,9 +53,9 @@ def few_first_kernel(
         if GATED:
             gate *= w
     if UpBias is not None:
-        up += tl.load(UpBias + wide(e) * stride_be + n * stride_bf, mask=n < F, other=0.0).to(tl.float32)
+        up += tl.load(of_expert(UpBias, e, reach_b) + n * stride_bf, mask=n < F, other=0.0).to(tl.float32)
         if GATED:
-            gate += tl.load(GateBias + wide(e) * stride_ae + n * stride_af, mask=n < F, other=0.0).to(tl.float32)
+            gate += tl.load(of_expert(GateBias, e, reach_a) + n * stride_af, mask=n < F, other=0.0).to(tl.float32)
     if GATED:
         acts = activation(gate, up)
     else:
@@ -66,7 +66,7 @@ def few_first_kernel(
 @triton.jit(do_not_specialize=RUNTIME)
 def few_second_kernel(
     Acts, Ids, Weights, Down, Bias, Y, stride_it, stride_is, stride_wt, stride_ws,
-    stride_de, stride_df, stride_dd, stride_be, stride_bd, D, F, SLOTS, EXPERTS, SPAN,
+    reach_d, stride_df, stride_dd, reach_b, stride_bd, D, F, SLOTS, EXPERTS, SPAN,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Y [ASSIGNMENTS, parts, D] in float32: what SPAN * BLOCK_K rows of Down give, a part for each third index."""
@@ -77,7 +77,7 @@ def few_second_kernel(
     part = tl.program_id(2)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = (n < D)[:, None]
-    d_at = Down + wide(e) * stride_de + (n * stride_dd)[:, None]
+    d_at = of_expert(Down, e, reach_d) + (n * stride_dd)[:, None]
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     start = part * SPAN * BLOCK_K
     for begin in range(start, tl.minimum(start + SPAN * BLOCK_K, F), BLOCK_K):
@@ -87,7 +87,7 @@ def few_second_kernel(
     y = tl.sum(acc, 1)
     if Bias is not None:
         if part == 0:
-            y += tl.load(Bias + wide(e) * stride_be + n * stride_bd, mask=n < D, other=0.0).to(tl.float32)
+            y += tl.load(of_expert(Bias, e, reach_b) + n * stride_bd, mask=n < D, other=0.0).to(tl.float32)
     if WEIGHTED_OUT:
         y *= load_weights(Weights, a, True, stride_wt, stride_ws, SLOTS)
     tl.store(Y + (wide(a) * tl.num_programs(2) + part) * D + n, y, mask=n < D)

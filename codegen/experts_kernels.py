@@ -29,6 +29,7 @@ from .experts_parts import (
     activation_and_slopes,
     load_inside,
     load_weights,
+    of_expert,
 )  # fmt: skip
 from .primitives import wide
 
@@ -78,9 +79,9 @@ def multiply_twice(
 
 
 @triton.jit
-def load_bias(Bias, e, col, F, stride_e, stride_f):
+def load_bias(Bias, e, col, F, reach, stride_f):
     """[1, N]: the expert's bias of columns."""
-    return tl.load(Bias + wide(e) * stride_e + col * stride_f, mask=col < F, other=0.0).to(tl.float32)[None, :]
+    return tl.load(of_expert(Bias, e, reach) + col * stride_f, mask=col < F, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
@@ -123,14 +124,14 @@ def store_halves(H, gate, up, row, inside, column, stride_m, F, BLOCK_M: tl.cons
 
 @triton.jit
 def finish_gated(
-    GateBias, UpBias, H, Acts, gate, up, e, row, inside, column, stride_ae, stride_af, stride_be, stride_bf, stride_hm, F,
+    GateBias, UpBias, H, Acts, gate, up, e, row, inside, column, reach_a, stride_af, reach_b, stride_bf, stride_hm, F,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Stores what the products of a tile's columns make: H, if there is one, and Acts."""
     col = column * BLOCK_N + tl.arange(0, BLOCK_N)
     if UpBias is not None:
-        gate += load_bias(GateBias, e, col, F, stride_ae, stride_af)
-        up += load_bias(UpBias, e, col, F, stride_be, stride_bf)
+        gate += load_bias(GateBias, e, col, F, reach_a, stride_af)
+        up += load_bias(UpBias, e, col, F, reach_b, stride_bf)
     if H is not None:
         store_halves(H, gate, up, row, inside, column, stride_hm, F, BLOCK_M, BLOCK_N)
     acts = activation(gate, up).to(Acts.dtype.element_ty)
@@ -140,8 +141,8 @@ def finish_gated(
 @triton.jit(do_not_specialize=RUNTIME)
 def first_kernel(
     X, Weights, Gate, Up, GateBias, UpBias, H, Acts, Sorted, Offsets, Tiles,
-    stride_xt, stride_xd, stride_wt, stride_ws, stride_ge, stride_gd, stride_gf, stride_ue, stride_ud, stride_uf,
-    stride_ae, stride_af, stride_be, stride_bf, stride_hm, D, F, SLOTS, TILES,
+    stride_xt, stride_xd, stride_wt, stride_ws, reach_g, stride_gd, stride_gf, reach_u, stride_ud, stride_uf,
+    reach_a, stride_af, reach_b, stride_bf, stride_hm, D, F, SLOTS, TILES,
     EVEN_D: tl.constexpr, EVEN_F: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -157,15 +158,15 @@ def first_kernel(
     cols = (col < F)[None, :]
     if INTERLEAVED:
         pair = 2 * column * BLOCK_N + tl.arange(0, 2 * BLOCK_N)
-        u_at = Up + wide(e) * stride_ue + (pair * stride_uf)[None, :]
+        u_at = of_expert(Up, e, reach_u) + (pair * stride_uf)[None, :]
         both = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
         both = multiply(both, x_at, u_at, (pair < 2 * F)[None, :], D, stride_xd, stride_ud, BLOCK_K, EVEN_D, EVEN_F)
         gate, up = tl.split(tl.reshape(both, [BLOCK_M, BLOCK_N, 2]))
     else:
-        u_at = Up + wide(e) * stride_ue + (col * stride_uf)[None, :]
+        u_at = of_expert(Up, e, reach_u) + (col * stride_uf)[None, :]
         up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         if GATED:
-            g_at = Gate + wide(e) * stride_ge + (col * stride_gf)[None, :]
+            g_at = of_expert(Gate, e, reach_g) + (col * stride_gf)[None, :]
             gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             gate, up = multiply_twice(gate, up, x_at, g_at, u_at, cols, D, stride_xd, stride_gd, stride_ud, BLOCK_K, EVEN_D, EVEN_F)
         else:
@@ -181,21 +182,21 @@ def first_kernel(
             u0, u1 = left_and_right(up, BLOCK_M, BLOCK_N)
             finish_gated(
                 GateBias, UpBias, H, Acts, g0, u0, e, row, inside, 2 * column,
-                stride_ae, stride_af, stride_be, stride_bf, stride_hm, F, BLOCK_M, BLOCK_N // 2,
+                reach_a, stride_af, reach_b, stride_bf, stride_hm, F, BLOCK_M, BLOCK_N // 2,
             )  # fmt: skip
             finish_gated(
                 GateBias, UpBias, H, Acts, g1, u1, e, row, inside, 2 * column + 1,
-                stride_ae, stride_af, stride_be, stride_bf, stride_hm, F, BLOCK_M, BLOCK_N // 2,
+                reach_a, stride_af, reach_b, stride_bf, stride_hm, F, BLOCK_M, BLOCK_N // 2,
             )  # fmt: skip
         else:
             finish_gated(
                 GateBias, UpBias, H, Acts, gate, up, e, row, inside, column,
-                stride_ae, stride_af, stride_be, stride_bf, stride_hm, F, BLOCK_M, BLOCK_N,
+                reach_a, stride_af, reach_b, stride_bf, stride_hm, F, BLOCK_M, BLOCK_N,
             )  # fmt: skip
     else:
         mask = inside[:, None] & cols
         if UpBias is not None:
-            up += load_bias(UpBias, e, col, F, stride_be, stride_bf)
+            up += load_bias(UpBias, e, col, F, reach_b, stride_bf)
         if H is not None:
             tl.store(H + (wide(row) * stride_hm)[:, None] + col[None, :], up.to(H.dtype.element_ty), mask=mask)
         acts = activation(up)  # type: ignore[call-arg]
@@ -205,7 +206,7 @@ def first_kernel(
 @triton.jit(do_not_specialize=RUNTIME)
 def rows_kernel(
     A, B, U, V, Bias, Weights, X, Dots, Out, Sorted, Offsets, Tiles,
-    stride_am, stride_ue, stride_uk, stride_un, stride_ve, stride_vk, stride_vn, stride_be, stride_bn,
+    stride_am, reach_u, stride_uk, stride_un, reach_v, stride_vk, stride_vn, reach_b, stride_bn,
     stride_wt, stride_ws, stride_xt, stride_xd, K, N, SLOTS, TILES, ASSIGNMENTS,
     EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
@@ -225,13 +226,13 @@ def rows_kernel(
     col = column * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = (col < N)[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    u_at = U + wide(e) * stride_ue + (col * stride_un)[None, :]
+    u_at = of_expert(U, e, reach_u) + (col * stride_un)[None, :]
     acc = multiply(acc, A + shift, u_at, cols, K, 1, stride_uk, BLOCK_K, EVEN_K, EVEN_N)
     if B is not None:
-        v_at = V + wide(e) * stride_ve + (col * stride_vn)[None, :]
+        v_at = of_expert(V, e, reach_v) + (col * stride_vn)[None, :]
         acc = multiply(acc, B + shift, v_at, cols, K, 1, stride_vk, BLOCK_K, EVEN_K, EVEN_N)
     if Bias is not None:
-        acc += load_bias(Bias, e, col, N, stride_be, stride_bn)
+        acc += load_bias(Bias, e, col, N, reach_b, stride_bn)
     mask = inside[:, None] & cols
     if Dots is not None:
         x_at = X + (wide(assignment // SLOTS) * stride_xt)[:, None] + (col * stride_xd)[None, :]
@@ -279,7 +280,7 @@ def finish_slopes(H, DH, Scaled, Acts, slopes, w, row, inside, column, stride_hm
 @triton.jit(do_not_specialize=RUNTIME)
 def slopes_kernel(
     Grad, Down, Weights, H, DH, Scaled, Acts, Dots, Sorted, Offsets, Tiles,
-    stride_gt, stride_gd, stride_de, stride_df, stride_dd, stride_wt, stride_ws, stride_hm, D, F, SLOTS, TILES, ASSIGNMENTS,
+    stride_gt, stride_gd, reach_d, stride_df, stride_dd, stride_wt, stride_ws, stride_hm, D, F, SLOTS, TILES, ASSIGNMENTS,
     EVEN_D: tl.constexpr, EVEN_F: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -297,7 +298,7 @@ def slopes_kernel(
     col = column * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = (col < F)[None, :]
     g_at = Grad + (wide(assignment // SLOTS) * stride_gt)[:, None]
-    d_at = Down + wide(e) * stride_de + (col * stride_df)[None, :]
+    d_at = of_expert(Down, e, reach_d) + (col * stride_df)[None, :]
     slopes = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     slopes = multiply(slopes, g_at, d_at, cols, D, stride_gd, stride_dd, BLOCK_K, EVEN_D, EVEN_F)
     w = 1.0
@@ -318,7 +319,7 @@ def slopes_kernel(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def outer_kernel(
-    Left, Right, Out, Sorted, Offsets, stride_lm, stride_ld, stride_rm, stride_rd, stride_oe, stride_om, stride_on, M, N, SLOTS,
+    Left, Right, Out, Sorted, Offsets, stride_lm, stride_ld, stride_rm, stride_rd, reach_o, stride_om, stride_on, M, N, SLOTS,
     BY_TOKEN: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -344,13 +345,13 @@ def outer_kernel(
         b_left = load_inside(left_at, (m < M)[:, None], inside[None, :], not EVEN_M, True)
         b_right = load_inside(right_at, inside[:, None], (n < N)[None, :], True, not EVEN_N)
         acc = tl.dot(b_left, b_right, acc, input_precision=PRECISION)
-    out_at = Out + wide(e) * stride_oe + (m * stride_om)[:, None] + (n * stride_on)[None, :]
+    out_at = of_expert(Out, e, reach_o) + (m * stride_om)[:, None] + (n * stride_on)[None, :]
     tl.store(out_at, acc.to(Out.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def sums_kernel(
-    Rows, Weights, Out, Sorted, Offsets, stride_rm, stride_rd, stride_wt, stride_ws, stride_oe, stride_on, N, SLOTS,
+    Rows, Weights, Out, Sorted, Offsets, stride_rm, stride_rd, stride_wt, stride_ws, reach_o, stride_on, N, SLOTS,
     BY_TOKEN: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Out [E, N]: the sum of an expert's Rows, which are the tokens' if BY_TOKEN, times their Weights, if there are any."""
@@ -371,4 +372,4 @@ def sums_kernel(
         if Weights is not None:
             b_rows *= load_weights(Weights, assignment, inside, stride_wt, stride_ws, SLOTS)[:, None]
         total += tl.sum(b_rows, 0)
-    tl.store(Out + wide(e) * stride_oe + n * stride_on, total.to(Out.dtype.element_ty), mask=n < N)
+    tl.store(of_expert(Out, e, reach_o) + n * stride_on, total.to(Out.dtype.element_ty), mask=n < N)

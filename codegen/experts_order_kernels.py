@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .experts_parts import RUNTIME, load_expert
+from .experts_parts import RUNTIME, load_expert, of_expert
 from .primitives import wide
 
 # ------------------------------------------------------------------------------------------------------------------------- Order
@@ -106,7 +106,7 @@ def combine_kernel(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def route_kernel(
-    Ids, Dots, Grad, Bias, DWeights, stride_it, stride_is, stride_gt, stride_gd, stride_be, stride_bd, stride_wt, stride_ws,
+    Ids, Dots, Grad, Bias, DWeights, stride_it, stride_is, stride_gt, stride_gd, reach_b, stride_bd, stride_wt, stride_ws,
     WIDTH, ASSIGNMENTS, SLOTS, EXPERTS, SPAN, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The gradients of BLOCK routing weights: the sums of their SPAN Dots [SPAN, ASSIGNMENTS], and of Grad [T, WIDTH] times the
@@ -120,7 +120,7 @@ def route_kernel(
         total += tl.load(Dots + wide(part) * ASSIGNMENTS + a, mask=kept, other=0.0)
     if Bias is not None:
         grad_at = Grad + (wide(a // SLOTS) * stride_gt)[:, None]
-        bias_at = Bias + (wide(e) * stride_be)[:, None]
+        bias_at = of_expert(Bias, tl.maximum(e, 0), reach_b)[:, None]
         for begin in range(0, WIDTH, BLOCK_D):
             d = (begin + tl.arange(0, BLOCK_D))[None, :]
             mask = kept[:, None] & (d < WIDTH)
@@ -128,3 +128,18 @@ def route_kernel(
             total += tl.sum(b_grad * tl.load(bias_at + d * stride_bd, mask=mask, other=0.0).to(tl.float32), 1)
     at = DWeights + ((a // SLOTS) * stride_wt + (a % SLOTS) * stride_ws)
     tl.store(at, tl.where(kept, total, 0.0).to(DWeights.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def reach_kernel(
+    First, E0, E1, E2, E3, E4, E5, E6, E7, E8, E9, E10, E11, E12, E13, E14, E15,
+    E16, E17, E18, E19, E20, E21, E22, E23, E24, E25, E26, E27, E28, E29, E30, E31, Out, BEGIN, LAST,
+):  # fmt: skip
+    """Out [E]: how many elements after the first expert's tensor another's begins, of 32 experts from BEGIN on."""
+    some = (
+        E0, E1, E2, E3, E4, E5, E6, E7, E8, E9, E10, E11, E12, E13, E14, E15,
+        E16, E17, E18, E19, E20, E21, E22, E23, E24, E25, E26, E27, E28, E29, E30, E31,
+    )  # fmt: skip
+    size: tl.constexpr = First.dtype.element_ty.primitive_bitwidth // 8
+    for at in tl.static_range(32):
+        tl.store(Out + tl.minimum(BEGIN + at, LAST), (some[at].to(tl.int64) - First.to(tl.int64)) // size)

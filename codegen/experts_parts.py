@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .primitives import sigmoid
+from .primitives import sigmoid, wide
 
 # ------------------------------------------------------------------------------------------------------------------------ Flags
 
@@ -17,10 +17,11 @@ GATED = tl.constexpr(True)  # the first projection has a gate beside `up`
 INTERLEAVED = tl.constexpr(False)  # in even columns, `up` in odd ones
 WEIGHTED_IN = tl.constexpr(False)  # the routing weight multiplies the input
 WEIGHTED_OUT = tl.constexpr(True)  # or the output
+APART = tl.constexpr(False)  # every expert's weights and biases are tensors of their own
 
 PRECISION = tl.constexpr("ieee")
 RUNTIME = [
-    "ASSIGNMENTS", "SLOTS", "EXPERTS", "TILES", "BLOCKS", "LENGTH", "HEIGHT", "SPAN",
+    "ASSIGNMENTS", "SLOTS", "EXPERTS", "TILES", "BLOCKS", "LENGTH", "HEIGHT", "SPAN", "BEGIN", "LAST",
 ]  # fmt: skip  # parameters whose values no kernel is compiled for
 
 # ------------------------------------------------------------------------------------------------------------------- Activation
@@ -53,6 +54,18 @@ def load_inside(at, rows, cols, ROWS: tl.constexpr, COLS: tl.constexpr):
         return tl.load(at, mask=cols, other=0.0)
     else:
         return tl.load(at)
+
+
+@triton.jit
+def of_expert(First, e, reach):
+    """Where an expert's tensor begins. First: the first expert's; `reach`: elements from one to the next, or a table of them, [E].
+
+    Tensors that stand apart begin a multiple of 16 bytes from each other.
+    """
+    if APART:
+        return First + tl.multiple_of(tl.load(reach + e), 128 // First.dtype.element_ty.primitive_bitwidth)
+    else:
+        return First + wide(e) * reach
 
 
 @triton.jit

@@ -19,7 +19,7 @@ _TEMPLATES = {
     "experts_parts": "Loads", "experts_order_kernels": "Order", "experts_kernels": "Rows", "experts_few_kernels": "Few assignments",
     "recurrence_hosts": "Starting", "experts_launches": "Launches",
 }  # fmt: skip
-_FLAGS = ("GATED", "INTERLEAVED", "WEIGHTED_IN", "WEIGHTED_OUT")
+_FLAGS = ("GATED", "INTERLEAVED", "WEIGHTED_IN", "WEIGHTED_OUT", "APART")
 _SETTINGS = (*_FLAGS, "PAIR", "PRECISION", "RUNTIME", "TILES", "OUTER", "FEW", "activation", "activation_and_slopes")
 
 
@@ -41,6 +41,7 @@ def flags(spec: ExpertsSpec) -> dict[str, bool]:
         "INTERLEAVED": spec.interleaved,
         "WEIGHTED_IN": spec.weighted == "input",
         "WEIGHTED_OUT": spec.weighted == "output",
+        "APART": not spec.is_stacked,
     }
 
 
@@ -127,6 +128,7 @@ def _header(spec: ExpertsSpec, settings: Settings) -> str:
         halves = (
             "in turn in U's columns" if spec.interleaved else "tensors of their own" if spec.is_pair else "halves of U's columns"
         )
+    stored = "U [E, d, F], D [E, f, d_out]" if spec.is_stacked else "U [d, F] and D [f, d_out] of each expert"
     tiles = "\n".join(f"    {tile['FIRST']['BLOCK_M']} rows" for tile in settings.tiles)
     gate = f"gate and up: {halves}" if spec.gated else "no gate"
     biases = [name for name, there in zip(("b1", "b2"), spec.biased, strict=True) if there]
@@ -137,7 +139,7 @@ def _header(spec: ExpertsSpec, settings: Settings) -> str:
 
     act:  {to_text(spec.term)};   {gate}
 
-Shapes: x [T, d], ids and weights [T, k], U [E, d, F], D [E, f, d_out], {settings.dtype}, any strides.
+Shapes: x [T, d], ids and weights [T, k], {stored}, {settings.dtype}, any strides.
 Biases: {", ".join(biases) or "none"}.
 An id outside 0..E-1 drops its assignment.
 Tiles, of which the first is taken that holds one and a half times the rows of an expert:
@@ -159,6 +161,10 @@ def _reference(spec: ExpertsSpec) -> str:
 
 _REFERENCE = '''def reference(x, ids, weights, up, down, biases):
     """The same in plain torch, expert by expert, in the dtype of x: `(out, h)`."""
+    if APART:
+        experts = len(down)
+        stacked = lambda of: [torch.stack(of[at : at + experts]) for at in range(0, len(of), experts)]
+        up, down, biases = stacked(up), stacked(down), [stacked(of) for of in biases]
     first, second = torch.cat(list(up), -1), down[0]
     out, kept, f = x.new_zeros((x.shape[0], second.shape[-1])), [], second.shape[1]
     for e in range(second.shape[0]):
@@ -183,10 +189,15 @@ _REFERENCE = '''def reference(x, ids, weights, up, down, biases):
 
 def _made(spec: ExpertsSpec) -> str:
     width = "f" if spec.is_pair or not spec.gated else "2 * f"
-    ups = f"[make(experts, {width}, d).transpose(1, 2) for _ in range({2 if spec.is_pair else 1})]"
-    first = f"[make(experts, {width}) for _ in range({2 if spec.is_pair else 1})]" if spec.biased[0] else "[]"
-    second = "[make(experts, d)]" if spec.biased[1] else "[]"
-    return f"    up, down, biases = {ups}, [make(experts, d, f).transpose(1, 2)], ({first}, {second})\n"
+    stack, count = ("experts, ", 1) if spec.is_stacked else ("", "experts")
+    ups = f"[make({stack}{width}, d).mT for _ in range({_times(count, 2 if spec.is_pair else 1)})]"
+    first = f"[make({stack}{width}) for _ in range({_times(count, 2 if spec.is_pair else 1)})]" if spec.biased[0] else "[]"
+    second = f"[make({stack}d) for _ in range({count})]" if spec.biased[1] else "[]"
+    return f"    up, down, biases = {ups}, [make({stack}d, f).mT for _ in range({count})], ({first}, {second})\n"
+
+
+def _times(count: int | str, parts: int) -> str:
+    return str(count * parts) if isinstance(count, int) else f"{parts} * {count}" if parts > 1 else count
 
 
 _MAIN = '''def main(tokens=1024, slots=2, experts=8, d=1024, f=2048, device="cuda"):
@@ -197,21 +208,20 @@ _MAIN = '''def main(tokens=1024, slots=2, experts=8, d=1024, f=2048, device="cud
     ids = torch.rand(tokens, experts, device=device).argsort(1)[:, :slots]
 <MADE>    operands = [x, weights, *up, *down, *biases[0], *biases[1]]
     leaves = [t.double().requires_grad_() for t in operands]
-    end = 2 + len(up)
-    lists = leaves[2:end], leaves[end : end + 1], (leaves[end + 1 : end + 1 + len(biases[0])], leaves[end + 1 + len(biases[0]) :])
-    expected, h = reference(leaves[0], ids, leaves[1], *lists)
+    ends = 2 + len(up), 2 + len(up) + len(down), 2 + len(up) + len(down) + len(biases[0])
+    listed = lambda of: (of[2 : ends[0]], of[ends[0] : ends[1]], (of[ends[1] : ends[2]], of[ends[2] :]))
+    expected, h = reference(leaves[0], ids, leaves[1], *listed(leaves))
     grad = torch.randn_like(expected).to(DTYPE)
     theirs = torch.autograd.grad(expected, leaves, grad.double(), allow_unused=True)
     out, kept = torch.empty_like(expected, dtype=DTYPE), torch.empty_like(h, dtype=DTYPE)
     ours = [torch.empty_like(t) for t in operands]
-    given = {
-        "dx": ours[0], "d_weights": ours[1] if WEIGHTED_IN or WEIGHTED_OUT else None, "d_up": ours[2:end],
-        "d_down": ours[end : end + 1], "d_biases": (ours[end + 1 : end + 1 + len(biases[0])], ours[end + 1 + len(biases[0]) :]),
-    }
+    d_weights = ours[1] if WEIGHTED_IN or WEIGHTED_OUT else None
+    given = {"dx": ours[0], "d_weights": d_weights, **dict(zip(("d_up", "d_down", "d_biases"), listed(ours)))}
     with torch.no_grad():
         forward(x, ids, weights, up, down, biases, out=out, h=kept)
         backward(grad, x, ids, weights, up, down, biases, kept, **given)
-    names = ["x", "weights", *(f"up{at}" for at in range(len(up))), "down", *(f"bias{at}" for at in range(len(ours) - end - 1))]
+    counted = (("up", up), ("down", down), ("bias", [*biases[0], *biases[1]]))
+    names = ["x", "weights", *(f"{name}{at}" for name, tensors in counted for at in range(len(tensors)))]
     for name, got, wanted in [("out", out, expected), *((f"d{n}", *pair) for n, *pair in zip(names, ours, theirs))]:
         if wanted is not None:
             worst = (got.double() - wanted).norm() / wanted.norm()

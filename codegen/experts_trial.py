@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from effcompile.ops.experts import ExpertsSpec, Tensors, each_operand, reference, reference_backward, split_biases, width
+from effcompile.ops.experts import ExpertsSpec, Tensors, each_operand, expert_count, reference, reference_backward, split_biases
 
 from .trust import compared, trust
 
@@ -27,7 +27,7 @@ class Trial:
         wanted: which gradients are, or none for results.
         dense: whether each of up and down stands in memory along what its product sums.
         whole: whether each of d, f and d_out is a multiple of every block's width.
-        dtypes: of ids, weights and biases.
+        dtypes: of ids, weights and biases, which all experts have alike.
     """
 
     tile: int
@@ -55,16 +55,16 @@ def tried(
     Raises:
         KernelError: the kernels do not agree with the reference.
     """
-    chosen, few = module.choice(*ids.shape, down[0].shape[0], keep=keep)
+    chosen, few = module.choice(*ids.shape, expert_count(down, spec), keep=keep)
     chosen, few = (chosen, few) if tile is None else (tile, False)
     trial = Trial(
         tile=chosen,
         few=few,
         keep=keep,
         wanted=None if wanted is None else tuple(wanted),
-        dense=(up[0].stride(1) == 1, down[0].stride(1) == 1),
-        whole=tuple(n % unit(module, chosen) == 0 for n in (x.shape[1], *down[0].shape[1:])),  # type: ignore[arg-type]
-        dtypes=(ids.dtype, weights.dtype, *(bias.dtype for bias in biases)),
+        dense=(up[0].stride(-2) == 1, down[0].stride(-2) == 1),
+        whole=tuple(n % unit(module, chosen) == 0 for n in (x.shape[1], *down[0].shape[-2:])),  # type: ignore[arg-type]
+        dtypes=(ids.dtype, weights.dtype, *(bias.dtype for bias in biases[:: 1 if spec.is_stacked else len(down)])),
     )
     if (module, x.device, trial) not in _trusted:
         trust(module, x.device, str(trial), lambda: disagreement(module, spec, x.device, trial))
@@ -107,7 +107,8 @@ def disagreement(module: ModuleType, spec: ExpertsSpec, device: torch.device, tr
         "d_biases": tuple(map(list, split_biases(made[ends[1] :], _EXPERTS, spec))) if by[4] else ((), ()),
     }  # fmt: skip
     module.backward(grad, x, ids, routed, up, down, grouped, wanted_h.to(x.dtype), **given, tile=trial.tile)
-    names = ["x", "weights", *(f"up{at}" for at in range(len(up))), "down", *(f"bias{at}" for at in range(len(biases)))]
+    counted = (("up", up), ("down", down), ("bias", biases))
+    names = ["x", "weights", *(f"{name}{at}" for name, tensors in counted for at in range(len(tensors)))]
     wants = [want for _, want in each_operand(x, weights, up, down, biases, by)]
     pairs = {name: pair for name, want, *pair in zip(names, wants, made, found, strict=True) if want}
     return compared(
@@ -124,8 +125,11 @@ def example(
     def make(*shape: int, dtype: torch.dtype = module.DTYPE) -> Tensor:
         return torch.randn(shape, generator=generator).mul(shape[-1] ** -0.5).to(device, dtype)
 
-    def stack(inner: int, columns: int, along: bool) -> Tensor:
-        return make(_EXPERTS, columns, inner).transpose(1, 2) if along else make(_EXPERTS, inner, columns)
+    def stored(of_all: Tensor) -> list[Tensor]:
+        return [of_all] if spec.is_stacked else [x.clone() for x in of_all]
+
+    def matrices(inner: int, columns: int, along: bool) -> list[Tensor]:
+        return [x.mT for x in stored(make(_EXPERTS, columns, inner))] if along else stored(make(_EXPERTS, inner, columns))
 
     block = unit(module, trial.tile)
     d, f, d_out = (block if whole else block // 2 + 40 for whole in trial.whole)
@@ -135,8 +139,9 @@ def example(
     ids[: tokens // 2, 0] = 1
     weights = torch.rand((tokens, _SLOTS), generator=generator).to(device, weights_dtype)
     columns = f if spec.is_pair or not spec.gated else 2 * f
-    up = [stack(d, columns, trial.dense[0]) for _ in range(2 if spec.is_pair else 1)]
-    down = [stack(f, d_out, trial.dense[1])]
-    sizes = [width(up, spec) // len(up)] * len(up) * spec.biased[0] + [d_out] * spec.biased[1]
-    biases = [make(_EXPERTS, n, dtype=dtype) for n, dtype in zip(sizes, bias_dtypes, strict=True)]
+    parts = 2 if spec.is_pair else 1
+    up = [x for _ in range(parts) for x in matrices(d, columns, trial.dense[0])]
+    down = matrices(f, d_out, trial.dense[1])
+    sizes = [columns] * parts * spec.biased[0] + [d_out] * spec.biased[1]
+    biases = [x for n, dtype in zip(sizes, bias_dtypes, strict=True) for x in stored(make(_EXPERTS, n, dtype=dtype))]
     return make(tokens, d).mul(d**0.5), ids.to(device, ids_dtype), weights, up, down, biases

@@ -89,6 +89,7 @@ class Case:
 
 
 HALF = Case(dtype=torch.float16, out="float16", limit=2e-3)
+APART = Case(stacking="experts")
 OSS = Case(activation=GPT_OSS, interleaved=True, biased=(True, True), along=False)
 
 CASES: dict[str, Case] = {
@@ -127,6 +128,14 @@ CASES: dict[str, Case] = {
     "few-ungated": Case(t=2, keep=False, experts=16, gated=False, activation=RELU2, weighted="input", biased=(True, True)),
     "few-long": Case(t=1, keep=False, experts=8, f=200, d=70, d_out=24, along=False),
     "not-kept": Case(keep=False),
+    "apart": APART,
+    "apart-ungated": replace(APART, gated=False, activation=RELU2, d_out=56),
+    "apart-pair-biased": replace(APART, stacking="experts_pair", biased=(True, True), along=False, columns=16),
+    "apart-interleaved": replace(OSS, stacking="experts", weighted="input", ids=dropping, k=3),
+    "apart-biased-dropped": replace(APART, biased=(True, True), ids=dropping),
+    "apart-many-half": replace(HALF, stacking="experts_pair", experts=19, k=4, t=40, d=24, d_out=24, height=32),
+    "apart-frozen": replace(APART, wanted=(True, True, False, False, False)),
+    "apart-few": replace(OSS, stacking="experts", t=2, keep=False, experts=17, ids=dropping),
     "half": HALF,
     "half-interleaved": replace(HALF, activation=GPT_OSS, interleaved=True, biased=(True, True), along=False),
     "half-input": replace(HALF, out="float32", weighted="input", stacking="pair", ids=dropping),
@@ -139,20 +148,23 @@ CASES: dict[str, Case] = {
 
 def operands_of(case: Case) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     torch.manual_seed(0)
-    width = case.f * (1 if case.stacking == "pair" or not case.gated else 2)
-    count = 2 if case.stacking == "pair" else 1
+    width = case.f * (1 if case.spec.is_pair or not case.gated else 2)
+    count = 2 if case.spec.is_pair else 1
 
-    def matrices(inner: int, columns: int) -> Tensor:
+    def stored(of_all: Tensor) -> list[Tensor]:
+        return [of_all] if case.spec.is_stacked else [x.clone() for x in of_all]
+
+    def matrices(inner: int, columns: int) -> list[Tensor]:
         shape = (case.experts, columns, inner) if case.along else (case.experts, inner, columns)
-        made = torch.randn(shape).mul(inner**-0.5).to(case.dtype)
-        return made.mT if case.along else made
+        made = stored(torch.randn(shape).mul(inner**-0.5).to(case.dtype))
+        return [x.mT for x in made] if case.along else made
 
     ids = case.ids(case.t, case.k, case.experts).to(case.id_dtype)
     weights = torch.rand(case.t, 2 * case.k)[:, ::2] if case.weighted != "none" else torch.empty(0)
-    biases = [torch.randn(case.experts, width) for _ in range(count * case.biased[0])]
-    biases += [torch.randn(case.d_out, case.experts).T] * case.biased[1]
+    biases = [x for _ in range(count * case.biased[0]) for x in stored(torch.randn(case.experts, width))]
+    biases += stored(torch.randn(case.d_out, case.experts).T) * case.biased[1]
     x = torch.randn(case.t, 2 * case.d)[:, ::2].to(case.dtype)
-    return x, ids, weights, [matrices(case.d, width) for _ in range(count)], [matrices(case.f, case.d_out)], biases
+    return x, ids, weights, [x for _ in range(count) for x in matrices(case.d, width)], matrices(case.f, case.d_out), biases
 
 
 def config_of(case: Case) -> experts.Config:
@@ -162,9 +174,9 @@ def config_of(case: Case) -> experts.Config:
     return experts.Config(tiles=(tile,), outer=outer, along=(16, 64), across=(32, 16))
 
 
-def errors_of(case: Case) -> dict[str, float]:
+def errors_of(case: Case, config: experts.Config | None) -> dict[str, float]:
     """The error of each result and gradient, relative to its norm; and 1.0 where strides, shapes or dtypes are not as promised."""
-    spec, config, operands = case.spec, config_of(case), operands_of(case)
+    spec, operands = case.spec, operands_of(case)
     x, ids, weights, up, down, biases = operands
     out, h = experts.forward(*operands, spec, keep=case.keep, config=config)
     exact = [x.double(), ids, weights.double(), *([t.double() for t in ts] for ts in (up, down, biases))]
@@ -178,7 +190,8 @@ def errors_of(case: Case) -> dict[str, float]:
     ours = experts.backward(grad, *operands, h, spec, case.wanted, config=config)
     theirs = reference_backward(grad.double(), *exact, spec, case.wanted, dtype=torch.float64)  # type: ignore[arg-type]
     given = list(each_operand(x, weights, up, down, biases, case.wanted))
-    names = ["x", "weights", *(f"up{at}" for at in range(len(up))), "down", *(f"bias{at}" for at in range(len(biases)))]
+    counted = (("up", up), ("down", down), ("bias", biases))
+    names = ["x", "weights", *(f"{name}{at}" for name, tensors in counted for at in range(len(tensors)))]
     for name, (of, want), got, exact_grad in zip(names, given, ours, theirs, strict=True):
         if not want or (name == "weights" and case.weighted == "none"):
             errors[f"d{name}-size"] = float(got.numel())
@@ -212,7 +225,7 @@ def verdict(case: Case) -> list[str]:
     """Why the kernels of a case, and kernels that compute something else, are not trusted, forwards and backwards."""
     module, device = kernels_of(case), torch.device("cpu")
     wrong = replace(case.spec, activation="up" if not case.gated else "gate * up")
-    bias_dtypes = [torch.float32] * (len(operands_of(case)[5]))
+    bias_dtypes = [torch.float32] * ((2 if case.spec.is_pair else 1) * case.biased[0] + case.biased[1])
     trials = [
         Trial(
             tile=0, few=few, keep=not few, wanted=wanted, dense=(True, False), whole=(False, False, False),
@@ -253,7 +266,7 @@ def run() -> None:
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     tasks: dict[str, Callable[[Case], Any]] = {
-        "compare": errors_of, "script": script_output, "verdict": verdict, "order": ordered
+        "compare": lambda case: errors_of(case, config_of(case)), "script": script_output, "verdict": verdict, "order": ordered
     }  # fmt: skip
     serve({task: lambda name, do=do: do(CASES[name]) for task, do in tasks.items()})
 
@@ -274,16 +287,18 @@ def test_results_and_gradients(name: str, interpreter: Ask) -> None:
     assert "out" in errors and ("dx-layout" in errors or not CASES[name].keep or not CASES[name].wanted[0])
 
 
-@pytest.mark.parametrize("name", ["interleaved-biased", "ungated-biased-input", "pair-biased"])
+@pytest.mark.parametrize("name", ["interleaved-biased", "ungated-biased-input", "pair-biased", "apart-pair-biased"])
 def test_the_file_checks_itself(name: str, interpreter: Ask) -> None:
     lines = interpreter("script", name)
     case = CASES[name]
-    expected = ["out", "dx", "dweights", "dup0", *(["dup1"] if case.stacking == "pair" else []), "ddown"]
+    each = 1 if case.spec.is_stacked else 3
+    ups = [f"dup{at}" for at in range(2 * each if case.spec.is_pair else each)]
+    expected = ["out", "dx", "dweights", *ups, *(f"ddown{at}" for at in range(each))]
     assert [line.split(":")[0].strip() for line in lines][: len(expected)] == expected
     assert all(float(line.split("error ")[1].split(" of")[0]) < 1e-5 for line in lines)
 
 
-@pytest.mark.parametrize("name", ["dropped-biased", "pair-input"])
+@pytest.mark.parametrize("name", ["dropped-biased", "pair-input", "apart-biased-dropped"])
 def test_kernels_that_disagree_with_the_reference_are_not_trusted(name: str, interpreter: Ask) -> None:
     *right, wrong, wrong_back, wrong_few = interpreter("verdict", name)
     assert right == ["", "", ""]
@@ -351,11 +366,8 @@ def shaped(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+TWO: dict[str, Any] = {"up": [shaped(8, 8)] * 2, "down": [shaped(4, 8)] * 2, "spec": ExpertsSpec(stacking="experts")}
 REFUSED = {
-    "lists": (
-        {"up": [shaped(8, 8)] * 4, "down": [shaped(4, 8)] * 4, "spec": ExpertsSpec(stacking="experts")},
-        KernelError, "one tensor but got stacking='experts'",
-    ),
     "float64": (
         {"x": shaped(3, 8, dtype=torch.float64), "up": [shaped(4, 8, 8, dtype=torch.float64)],
          "down": [shaped(4, 4, 8, dtype=torch.float64)]},
@@ -364,6 +376,11 @@ REFUSED = {
     "far-apart": ({"up": [shaped(4, 8, 8).as_strided((4, 8, 8), (8, 2**29, 1))]}, KernelError, "but got up.stride()="),
     "shapes": ({"down": [shaped(4, 5, 8)]}, ValueError, "Expected up to have the shape"),
     "count": ({"up": [shaped(4, 8, 8)] * 2}, ValueError, "Expected 1 tensors in up"),
+    "strides": ({**TWO, "down": [shaped(4, 8), shaped(8, 4).T]}, KernelError, "all experts' down of the same strides"),
+    "apart-by-odd": (
+        {**TWO, "down": [torch.empty(4, 8), torch.empty(33)[1:].view(4, 8)]},
+        KernelError, "all experts' down a multiple of 16 bytes apart",
+    ),
     "no-hidden-size": ({"up": [shaped(4, 8, 0)], "down": [shaped(4, 0, 8)]}, KernelError, "Expected weights that have a size"),
 }  # fmt: skip
 

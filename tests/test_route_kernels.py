@@ -90,9 +90,10 @@ def operands_of(case: Case) -> tuple[Tensor, Tensor | None, Tensor, RouteSpec]:
     return logits, bias, grad, spec
 
 
-def excess_of(case: Case) -> dict[str, float]:
+def excess_of(case: Case, device: str = "cpu") -> dict[str, float]:
     """Ids that differ, and by how much each error exceeds what is allowed: twice the definition's in float32, with a floor."""
-    logits, bias, grad, spec = operands_of(case)
+    *operands, spec = operands_of(case)
+    logits, bias, grad = (x if x is None else x.to(device) for x in operands)
     weights, ids = route.forward(logits, bias, spec)
     d_logits = route.backward(grad, logits, ids, spec)
     theirs, their_ids = definition(logits, bias, spec)
