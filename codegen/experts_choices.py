@@ -21,6 +21,7 @@ aten = torch.ops.aten
 _FEW = 4  # rows for an expert, below which assignments are not sorted
 _LAUNCHES, _LAUNCHES_OF_FEW = 6, 2
 _LAUNCHES_OF_EXPERT = 4  # on a CPU
+_PLACED = 32  # tensors that a launch writes into a table of where they are
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,8 @@ def _ours(match: Match, shape: _Shape, hardware: Hardware) -> Candidate:
     on_cpu = hardware.vendor == "cpu"
     rows = shape.assignments * (shape.depth + 2 * shape.inner + 2 * shape.out + (shape.up if match.trains else 0))
     launches = _LAUNCHES_OF_FEW if shape.assignments < _FEW * shape.experts else _LAUNCHES
+    if not match.spec.is_stacked:
+        launches += sum(match.spec.counts(shape.experts)) // _PLACED + 1
     work = Work(
         flops=2 * shape.assignments * shape.of_expert,
         bytes=shape.weights + shape.bytes * (rows + shape.tokens * (shape.depth + shape.out)),

@@ -16,7 +16,7 @@ import torch
 from .config import failing_kernels_raise
 from .errors import EffcompileWarning, summary
 from .ops import attention as op
-from .ops import experts, recurrence, route_operator
+from .ops import experts, experts_operator, recurrence, route_operator  # noqa: F401  whose import defines operators
 
 _warned: set[str] = set()
 _registered = False

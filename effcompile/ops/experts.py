@@ -34,10 +34,8 @@ from typing import Any, Literal
 
 import torch
 
-from .._torch import below_autograd
 from ..evaluate import Evaluator
 from ..terms import Load, Term, from_text
-from .attention import LIBRARY
 
 Stacking = Literal["one", "pair", "experts", "experts_pair"]
 Weighted = Literal["output", "input", "none"]
@@ -223,6 +221,35 @@ def activate(h: torch.Tensor, spec: ExpertsSpec) -> torch.Tensor:
     return torch.as_tensor(value).expand(arguments["up"].shape)
 
 
+def each_operand(
+    x: torch.Tensor, weights: torch.Tensor, up: Tensors, down: Tensors, biases: Tensors, wanted: Sequence[bool]
+) -> Iterator[tuple[torch.Tensor, bool]]:
+    """Every operand that can have a gradient, in the order of `experts_backward`'s results, and whether it is wanted."""
+    for tensors, want in zip(([x], [weights], up, down, biases), wanted, strict=True):
+        yield from ((tensor, want) for tensor in tensors)
+
+
+def reference_backward(
+    grad: torch.Tensor, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, up: Tensors, down: Tensors, biases: Tensors,
+    spec: ExpertsSpec, wanted: Sequence[bool], *, dtype: torch.dtype | None = None,
+) -> list[torch.Tensor]:  # fmt: skip
+    """Gradients of x, weights, each of up, down and biases, by autograd through the definition; empty where `wanted` says no."""
+    operands = list(each_operand(x, weights, up, down, biases, wanted))
+    with torch.enable_grad():
+        leaves = [tensor.detach().requires_grad_(want) for tensor, want in operands]
+        groups = iter(leaves)
+        own_x, own_weights = next(groups), next(groups)
+        own_up, own_down, own_biases = ([next(groups) for _ in tensors] for tensors in (up, down, biases))
+        out, _ = reference(own_x, ids, own_weights, own_up, own_down, own_biases, spec, dtype=dtype)
+        asked = [leaf for leaf in leaves if leaf.requires_grad]
+        if asked and out.requires_grad:
+            found = torch.autograd.grad(out, asked, grad.to(out.dtype), materialize_grads=True)
+        else:
+            found = tuple(torch.zeros_like(leaf) for leaf in asked)
+    results = iter(found)
+    return [torch.empty_like(leaf).copy_(next(results)) if leaf.requires_grad else leaf.new_empty(0) for leaf in leaves]
+
+
 # -------------------------------------------------------------------- what the operands have to be
 
 
@@ -287,110 +314,3 @@ def _check_dtypes(x: torch.Tensor, ids: torch.Tensor, up: Tensors, down: Tensors
         for tensor in tensors:
             if tensor.dtype != x.dtype:
                 raise ValueError(f"Expected {name} in the dtype of x, {x.dtype}, but got {name}.dtype={tensor.dtype!r}")
-
-
-# -------------------------------------------------------------------- the operators
-
-_TAGS = (torch.Tag.pt2_compliant_tag,)
-_OPERANDS = "Tensor x, Tensor ids, Tensor weights, Tensor[] up, Tensor[] down, Tensor[] biases"
-LIBRARY.define(f"experts({_OPERANDS}, str spec) -> Tensor", tags=_TAGS)
-LIBRARY.define(f"experts_forward({_OPERANDS}, str spec) -> (Tensor, Tensor)", tags=_TAGS)
-LIBRARY.define(f"experts_backward(Tensor grad, {_OPERANDS}, Tensor h, str spec, bool[] wanted) -> Tensor[]", tags=_TAGS)
-
-
-@torch.library.register_fake("effcompile::experts", lib=LIBRARY)
-def _fake(x: Any, ids: Any, weights: Any, up: Any, down: Any, biases: Any, spec: str) -> torch.Tensor:
-    parsed = ExpertsSpec.from_json(spec)
-    check(x, ids, weights, up, down, biases, parsed)
-    out: torch.Tensor = x.new_empty((x.shape[0], down[0].shape[-1]), dtype=parsed.out_dtype)
-    return out
-
-
-@torch.library.register_fake("effcompile::experts_forward", lib=LIBRARY)
-def _fake_forward(x: Any, ids: Any, weights: Any, up: Any, down: Any, biases: Any, spec: str) -> tuple[torch.Tensor, torch.Tensor]:
-    h = x.new_empty((ids.shape[0] * ids.shape[1], width(up, ExpertsSpec.from_json(spec))))
-    return _fake(x, ids, weights, up, down, biases, spec), h
-
-
-@torch.library.register_fake("effcompile::experts_backward", lib=LIBRARY)
-def _fake_backward(
-    grad: Any, x: Any, ids: Any, weights: Any, up: Any, down: Any, biases: Any, h: Any, spec: str, wanted: Any
-) -> list[torch.Tensor]:
-    operands = each_operand(x, weights, up, down, biases, wanted)
-    return [torch.empty_like(tensor) if want else tensor.new_empty(0) for tensor, want in operands]
-
-
-def each_operand(
-    x: torch.Tensor, weights: torch.Tensor, up: Tensors, down: Tensors, biases: Tensors, wanted: Sequence[bool]
-) -> Iterator[tuple[torch.Tensor, bool]]:
-    """Every operand that can have a gradient, in the order of `experts_backward`'s results, and whether it is wanted."""
-    for tensors, want in zip(([x], [weights], up, down, biases), wanted, strict=True):
-        yield from ((tensor, want) for tensor in tensors)
-
-
-def reference_backward(
-    grad: torch.Tensor, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, up: Tensors, down: Tensors, biases: Tensors,
-    spec: ExpertsSpec, wanted: Sequence[bool], *, dtype: torch.dtype | None = None,
-) -> list[torch.Tensor]:  # fmt: skip
-    """Gradients of x, weights, each of up, down and biases, by autograd through the definition; empty where `wanted` says no."""
-    operands = list(each_operand(x, weights, up, down, biases, wanted))
-    with torch.enable_grad():
-        leaves = [tensor.detach().requires_grad_(want) for tensor, want in operands]
-        groups = iter(leaves)
-        own_x, own_weights = next(groups), next(groups)
-        own_up, own_down, own_biases = ([next(groups) for _ in tensors] for tensors in (up, down, biases))
-        out, _ = reference(own_x, ids, own_weights, own_up, own_down, own_biases, spec, dtype=dtype)
-        asked = [leaf for leaf in leaves if leaf.requires_grad]
-        if asked and out.requires_grad:
-            found = torch.autograd.grad(out, asked, grad.to(out.dtype), materialize_grads=True)
-        else:
-            found = tuple(torch.zeros_like(leaf) for leaf in asked)
-    results = iter(found)
-    return [torch.empty_like(leaf).copy_(next(results)) if leaf.requires_grad else leaf.new_empty(0) for leaf in leaves]
-
-
-class _Differentiable(torch.autograd.Function):
-    """The operator with its gradient.
-
-    `torch.library.register_autograd` would do, but takes lists of tensors apart and together again at each call.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, spec: str, counts: tuple[int, int], x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor,
-        *tensors: torch.Tensor,
-    ) -> torch.Tensor:  # fmt: skip
-        lists = _lists(tensors, counts)
-        out, h = torch.ops.effcompile.experts_forward(x, ids, weights, *lists, spec)
-        ctx.save_for_backward(x, ids, weights, h, *tensors)
-        ctx.spec, ctx.counts = spec, counts
-        result: torch.Tensor = out
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        x, ids, weights, h, *tensors = ctx.saved_tensors
-        _, _, for_x, _, for_weights, *needed = ctx.needs_input_grad
-        lists = _lists(tensors, ctx.counts)
-        weighted = for_weights and ExpertsSpec.from_json(ctx.spec).weighted != "none"
-        wanted = [for_x, weighted, *(any(group) for group in _lists(needed, ctx.counts))]
-        found = torch.ops.effcompile.experts_backward(grad, x, ids, weights, *lists, h, ctx.spec, wanted)
-        given = [dx if need else None for dx, need in zip(found, (for_x, weighted, *needed), strict=True)]
-        return None, None, given[0], None, *given[1:]
-
-
-def _lists(tensors: Sequence[Any], counts: tuple[int, int]) -> tuple[list[Any], list[Any], list[Any]]:
-    """up, down and biases, that were passed one after the other."""
-    ups, downs = counts
-    return list(tensors[:ups]), list(tensors[ups : ups + downs]), list(tensors[ups + downs :])
-
-
-def _with_gradient(
-    keys: Any, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, up: Tensors, down: Tensors, biases: Tensors, spec: str
-) -> Any:
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, weights, *up, *down, *biases)):
-        return _Differentiable.apply(spec, (len(up), len(down)), x, ids, weights, *up, *down, *biases)
-    return below_autograd(torch.ops.effcompile.experts.default, keys, x, ids, weights, up, down, biases, spec)
-
-
-LIBRARY.impl("experts", _with_gradient, "Autograd", with_keyset=True)
