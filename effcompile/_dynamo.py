@@ -1,6 +1,6 @@
 """What Dynamo and Inductor keep to themselves, touched here alone. Tried on torch 2.11 and 2.13.
 
-- `torch._dynamo.utils.counters`: frames begun and compiled, reasons of graph breaks.
+- `torch._dynamo.utils.counters`: frames begun and compiled, reasons of graph breaks and of what is not supported.
 - `torch._inductor.compile_fx`, `torch._inductor.list_mode_options`: Inductor as a function, and what a mode means to it.
 - `torch.compile(isolate_recompiles=True)`, from 2.13 on: compiled code that does not count towards the recompile limit of others.
 - `torch.compiler.config.cache_key_tag`: a text that Inductor's caches take into their keys.
@@ -37,18 +37,42 @@ class Counters:
     total: int = 0
     ok: int = 0
     breaks: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    unsupported: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
 
     @classmethod
     def now(cls) -> Counters:
         """The counters as they stand."""
         counters = torch._dynamo.utils.counters
         frames = counters["frames"]
-        return cls(frames["total"], frames["ok"], MappingProxyType(dict(counters["graph_break"])))
+        breaks, unsupported = (MappingProxyType(dict(counters[name])) for name in ("graph_break", "unimplemented"))
+        return cls(frames["total"], frames["ok"], breaks, unsupported)
 
     def breaks_since(self, earlier: Counters) -> tuple[str, ...]:
         """The first line of each reason that was counted since `earlier`."""
         new = [reason for reason, count in self.breaks.items() if count > earlier.breaks.get(reason, 0)]
         return tuple(str(reason).strip().split("\n")[0] for reason in new)
+
+    def advice_since(self, earlier: Counters) -> tuple[str, ...]:
+        """What lets Dynamo capture what it left out since `earlier`: a loop that is not captured counts as no graph break."""
+        pairs = ((self.breaks, earlier.breaks), (self.unsupported, earlier.unsupported))
+        new = [str(reason) for now, before in pairs for reason, count in now.items() if count > before.get(reason, 0)]
+        return tuple(advice for marks, advice in _ADVICE if any(all(mark in reason for mark in marks) for reason in new))
+
+
+_ADVICE = (
+    (
+        ("capture_dynamic_output_shape_ops",),
+        "rows that are chosen by data (torch.where(mask), nonzero, x[mask]) ended a graph: to have loops over experts captured, "
+        "set torch._dynamo.config.capture_dynamic_output_shape_ops = True before compiling, or, in a Hugging Face model, "
+        'experts_implementation="grouped_mm"',
+    ),
+    (
+        ("Data-dependent branching", "attempted to jump with SymNodeVariable"),
+        "a branch on a number that depends on data, such as `if idx.numel() == 0`, ended a graph, which no setting changes: a loop "
+        "over experts means the same without it, since no rows add nothing",
+    ),
+)
+"""Texts that all occur in Dynamo's reason, and what to do."""
 
 
 def compile_apart(model: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import sympy
 import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.proxy import GraphAppendingTracer, Proxy
@@ -27,6 +28,7 @@ LIFTED_BODIES = ("tag_activation_checkpoint", "invoke_subgraph")
 COPIED_MODULES = ("torch._functorch.", "torch._C._functorch.", "torch.autograd.", "torch.func.")
 COPIED_METHODS = {"backward", "register_hook", "requires_grad_", "retain_grad", "register_post_accumulate_grad_hook"}
 AUGMENTED = tuple(getattr(operator, name) for name in ("setitem", "iadd", "isub", "imul", "itruediv", "imatmul", "iand", "ior"))
+WRITTEN_OUT = (aten.where.default, aten.nonzero_numpy.default)
 NUMBERS = (int, float, bool, complex)
 PLAIN = (*NUMBERS, str, torch.dtype, torch.device, torch.layout, torch.memory_format, slice, range, type(None), type(...))
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -80,13 +82,40 @@ class SeveralOperatorsError(Exception):
 
 
 class Sizes:
-    """Nodes of `graph` for symbolic numbers. Sizes come from the graph's inputs, arithmetic is written out where first needed."""
+    """Nodes of `graph` for symbolic numbers. Sizes come from the graph's inputs, arithmetic is written out where first needed.
+
+    `chosen` are the symbols of sizes that depend on data that a node has, as the number of rows that a mask chooses, each
+    with what it is at most.
+    """
 
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
+        self.chosen: dict[Any, int | None] = {}
         self._known: dict[Any, Node] = {}
         self._inputs: list[tuple[Node, torch.Tensor]] = []
         self._tracer = GraphAppendingTracer(graph)
+
+    def add_chosen(self, node: Node, value: torch.Tensor, most: int | None) -> dict[Any, int]:
+        """Learn the sizes of a result that depend on data: each new symbol, with the dimension that it is the size of."""
+        found: dict[Any, int] = {}
+        for dim, size in enumerate(value.shape):
+            if isinstance(size, torch.SymInt) and _torch.has_unbacked(size):
+                symbol = _torch.expression(size)
+                if symbol.is_Symbol and symbol not in self.chosen:
+                    found[symbol] = dim
+        self.chosen.update(dict.fromkeys(found, most))
+        self._inputs += [(node, value)] if found else []
+        return found
+
+    def certainly(self, condition: Any) -> bool:
+        """Whether a condition only says that as many elements are chosen as there can be."""
+        expression = _torch.expression(condition) if isinstance(condition, torch.SymBool) else None
+        if not (isinstance(expression, sympy.core.relational.Relational) and expression.lhs in self.chosen):
+            return False
+        if isinstance(expression, sympy.Ge):
+            return bool(expression.rhs.is_Integer and expression.rhs <= 0)
+        most = self.chosen[expression.lhs]
+        return isinstance(expression, sympy.Le) and most is not None and bool(expression.rhs.is_Integer and expression.rhs >= most)
 
     def add_input(self, node: Node, value: Any) -> None:
         """Learn the symbol that a placeholder (or a barrier's result) carries, or the sizes of its tensor."""
@@ -129,7 +158,8 @@ class Sizes:
 def record(gm: GraphModule, lift_body: LiftBody) -> Recording:
     """The ATen graph of `gm`, which is left as it is. `lift_body` lifts a checkpointed body, or gives None to keep it as it is.
 
-    Raises LiftError for data-dependent sizes, called modules, and calls that cannot be followed.
+    Raises LiftError for sizes that depend on data (but the number of rows that an operator chose), called modules, and calls that
+    cannot be followed.
     """
     return _Recorder(gm, lift_body).run()
 
@@ -141,6 +171,7 @@ class _Call:
     source: Node
     nodes: dict[int, Node] = field(default_factory=dict)
     alive: list[Any] = field(default_factory=list)
+    example: Any = None
     emitted: list[Node] = field(default_factory=list)
     expected: Any = None
     single: bool = False
@@ -164,14 +195,15 @@ class _Recorder:
 
     def run(self) -> Recording:
         fakes = self._fakes or contextlib.nullcontext()
-        with fakes, _torch.restored_modes() as self._carry_out, self._listener:
+        with fakes, _torch.without_new_sizes(self._fakes), _torch.restored_modes() as self._carry_out, self._listener:
             for node in self._gm.graph.nodes:
                 self._step(node)
         return Recording(graph=self._graph, attributes=self._attributes, barriers=tuple(self._barriers), fake_mode=self._fakes)
 
     def _step(self, node: Node) -> None:
         example = node.meta.get("example_value")
-        refuse_data_dependence(node, example)
+        if node.op == "placeholder":
+            self._refuse_unknown_sizes(node, example)
         if node.op == "placeholder":
             self._placeholder(node, example)
         elif node.op == "get_attr":
@@ -183,6 +215,12 @@ class _Recorder:
             raise LiftError(f"Expected a graph of functions but got node={node.name!r}, a call of module {node.target!r}.")
         else:
             self._values[node] = self._function(node, example)
+        self._refuse_unknown_sizes(node, example)
+
+    def _refuse_unknown_sizes(self, node: Node, example: Any) -> None:
+        """LiftError if a node's result, or its shape, depends on tensor data, but for how many rows operators chose."""
+        if not _torch.unbacked_symbols(_torch.pytree.tree_leaves(example)) <= set(self._sizes.chosen):
+            raise LiftError(f"Expected shapes that follow from the inputs' but got node={node.name!r}, whose size depends on data.")
 
     # inputs ---------------------------------------------------------------------------------------------------------
 
@@ -298,7 +336,7 @@ class _Recorder:
         target = getattr(torch.Tensor, str(node.target), None) if node.op == "call_method" else node.target
         if target is None:
             raise LiftError(f"Expected a method of a tensor but got node={node.name!r}, a call of {node.target!r}.")
-        self._call = _Call(node)
+        self._call = _Call(node, example=example)
         args, kwargs = self._as_value(node.args), self._as_value(node.kwargs)
         try:
             return self._followed(node, target, args, kwargs, example)
@@ -329,7 +367,7 @@ class _Recorder:
         self._several.add(target)
         self._undo()
         nodes, alive = self._call.nodes, self._call.alive
-        self._call = _Call(self._call.source, nodes=nodes, alive=alive)
+        self._call = _Call(self._call.source, nodes=nodes, alive=alive, example=example)
         return False, None
 
     def _undo(self) -> None:
@@ -374,11 +412,13 @@ class _Recorder:
             return func(*args, **kwargs)
         if func is aten._assert_tensor_metadata.default:
             return None
+        if func is aten._assert_scalar.default and self._sizes.certainly(args[0]):
+            return None
         if func in (aten.item.default, aten._local_scalar_dense.default):
             if getattr(args[0], "constant", None) is not None:
                 return func(*args)
             raise ReadsDataError
-        if _is_spelling(func):
+        if _is_spelling(func) or func in WRITTEN_OUT:
             with self._listener.resumed():
                 return func.decompose(*args, **kwargs)
         if not _returns_tensor(func) and func._schema.returns:
@@ -387,16 +427,33 @@ class _Recorder:
         self._call.emitted.append(created)
         result = self._result_of(func, args, kwargs)
         self._bind(created, result)
+        if torch.Tag.dynamic_output_shape in func.tags and isinstance(result, torch.Tensor):
+            _torch.bind_sizes(created, self._sizes.add_chosen(created, result, _most(_masks(func, args))))
         return result
 
     def _result_of(self, func: _torch.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func._schema.is_mutable:
             return self._written(func, args, kwargs)
         if not self._call.single:
-            return func(*args, **kwargs)
+            with self._choosing_as_before(func, args):
+                return func(*args, **kwargs)
         if len(self._call.emitted) > 1:
             raise SeveralOperatorsError
         return _shaped(func, self._call.expected)
+
+    def _choosing_as_before(self, func: _torch.OpOverload, args: Any) -> contextlib.AbstractContextManager[None]:
+        """Where an operator chooses by a mask, it is to find as many as Dynamo's result says."""
+        if torch.Tag.dynamic_output_shape not in func.tags:
+            return contextlib.nullcontext()
+        given = _torch.pytree.tree_leaves(args)
+        own = _torch.unbacked_symbols(given)
+        found = {
+            _torch.expression(size): size
+            for leaf in _torch.pytree.tree_leaves(self._call.example)
+            for size in (leaf.shape if isinstance(leaf, torch.Tensor) else ())
+            if isinstance(size, torch.SymInt) and _torch.expression(size) not in own and _torch.has_unbacked(size)
+        }
+        return _torch.choosing(_masks(func, args), next(iter(found.values()))) if len(found) == 1 else contextlib.nullcontext()
 
     def _written(self, func: _torch.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What an in-place operator returns. It is not run: Dynamo's fake values must stay as they are."""
@@ -429,6 +486,7 @@ class _Recorder:
 
     def _describe(self, created: Node, source: Node, value: Any) -> None:
         created.meta.update(source.meta)
+        created.meta.pop(_torch.BINDINGS, None)
         if value is None:
             created.meta.pop("example_value", None)
         else:
@@ -514,17 +572,16 @@ class _Recorder:
         return value
 
 
-def refuse_data_dependence(node: Node, example: Any) -> None:
-    """LiftError if a node's result, or its shape, depends on tensor data."""
-    for leaf in _torch.pytree.tree_leaves(example) if isinstance(example, (tuple, list, dict)) else (example,):
-        numbers: Sequence[Any] = ()
-        if isinstance(leaf, torch.Tensor):
-            if leaf._has_symbolic_sizes_strides:
-                numbers = [number for number in leaf.shape if isinstance(number, torch.SymInt)]
-        elif isinstance(leaf, SYMBOLIC):
-            numbers = (leaf,)
-        if any(_torch.has_unbacked(number) for number in numbers):
-            raise LiftError(f"Expected shapes that follow from the inputs' but got node={node.name!r}, whose size depends on data.")
+def _masks(func: _torch.OpOverload, args: Any) -> list[_torch.FakeTensor]:
+    """The tensors whose elements that are not zero an operator chooses."""
+    tensors = [x for x in _torch.pytree.tree_leaves(args) if isinstance(x, _torch.FakeTensor)]
+    return [x for x in tensors if x.dtype is torch.bool or func is aten.nonzero.default]
+
+
+def _most(masks: Sequence[torch.Tensor]) -> int | None:
+    """How many elements a mask can choose."""
+    sizes = [mask.numel() for mask in masks]
+    return sizes[0] if len(sizes) == 1 and isinstance(sizes[0], int) else None
 
 
 def _attribute_of(gm: GraphModule, path: str) -> Any:

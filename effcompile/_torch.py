@@ -9,6 +9,9 @@
 - `torch._C._autograd._get_data_attr`: what `x.data` is in a graph.
 - `torch._functorch.config.donated_buffer`: whether a backward may overwrite what the forward saved for it.
 - `torch._inductor.codecache.CppCodeCache`: compiles C++ for the machine at hand, and keeps what it compiled.
+- `torch.fx.experimental.symbolic_shapes.CallMethodKey`, `ShapeEnv.ignore_fresh_unbacked_symbols`, `FakeTensor.nonzero_memo`,
+  `meta["unbacked_bindings"]`: which dimension of a result has a size that depends on data, and how often a mask holds.
+- `torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode`: raised where such a size is compared.
 - `torch.utils._pytree`: nested arguments, flattened.
 - `torch.utils._sympy.interp`: a symbolic size's expression as calls of `operator`.
 """
@@ -16,7 +19,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Self
 
 import torch
@@ -28,6 +31,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import unset_fake_temporarily as without_fake_mode
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
+from torch.fx.experimental.symbolic_shapes import CallMethodKey
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode as DataDependentError
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._sympy.interp import sympy_interp
@@ -37,16 +42,20 @@ from torch.utils._sympy.symbol import SymT, symbol_is_type
 __all__ = [
     "AUTOCAST_ENTER",
     "AUTOCAST_EXIT",
+    "BINDINGS",
     "DATA_ATTRIBUTE",
     "INFERENCE_ENTER",
     "INFERENCE_EXIT",
     "SET_GRAD",
+    "DataDependentError",
     "FakeTensor",
     "FakeTensorMode",
     "HigherOrderOperator",
     "OpOverload",
     "PreDispatchListener",
     "below_autograd",
+    "choosing",
+    "bind_sizes",
     "compile_cpp",
     "expression",
     "fake_mode_of",
@@ -57,7 +66,9 @@ __all__ = [
     "restored_modes",
     "size_hint",
     "storage_key",
+    "unbacked_symbols",
     "without_fake_mode",
+    "without_new_sizes",
     "write_expression",
 ]
 
@@ -67,6 +78,8 @@ AUTOCAST_ENTER: Any = torch.amp.autocast_mode._enter_autocast
 AUTOCAST_EXIT: Any = torch.amp.autocast_mode._exit_autocast
 INFERENCE_ENTER: Any = torch.autograd.grad_mode._enter_inference_mode
 INFERENCE_EXIT: Any = torch.autograd.grad_mode._exit_inference_mode
+
+BINDINGS = "unbacked_bindings"
 
 Handler = Callable[[OpOverload, tuple[Any, ...], dict[str, Any]], Any]
 
@@ -170,7 +183,50 @@ def size_hint(value: torch.SymInt, fallback: int) -> int:
 
 def has_unbacked(value: torch.SymInt | torch.SymFloat | torch.SymBool) -> bool:
     """Whether the number depends on tensor data, not on shapes alone."""
-    return any(symbol_is_type(symbol, (SymT.UNBACKED_INT, SymT.UNBACKED_FLOAT)) for symbol in value.node.expr.free_symbols)
+    return any(_is_unbacked(symbol) for symbol in value.node.expr.free_symbols)
+
+
+def _is_unbacked(symbol: Any) -> bool:
+    return symbol_is_type(symbol, (SymT.UNBACKED_INT, SymT.UNBACKED_FLOAT))
+
+
+def unbacked_symbols(values: Iterable[Any]) -> set[Any]:
+    """The symbols of what depends on tensor data in symbolic numbers and the shapes of tensors."""
+    numbers: list[Any] = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            numbers += value.shape if value._has_symbolic_sizes_strides else ()
+        else:
+            numbers.append(value)
+    symbolic = (n for n in numbers if isinstance(n, (torch.SymInt, torch.SymFloat, torch.SymBool)))
+    return {symbol for n in symbolic for symbol in n.node.expr.free_symbols if _is_unbacked(symbol)}
+
+
+def without_new_sizes(mode: FakeTensorMode | None) -> contextlib.AbstractContextManager[Any]:
+    """Operators that are run in here again leave no new sizes of chosen rows behind for others to look for."""
+    if mode is None or mode.shape_env is None:
+        return contextlib.nullcontext()
+    context: contextlib.AbstractContextManager[Any] = mode.shape_env.ignore_fresh_unbacked_symbols()
+    return context
+
+
+@contextlib.contextmanager
+def choosing(masks: Iterable[FakeTensor], count: torch.SymInt) -> Iterator[None]:
+    """Fake tensors whose elements that are not zero are as many as `count` in here."""
+    before = [(mask, mask.nonzero_memo) for mask in masks]
+    for mask, _ in before:
+        mask.nonzero_memo = count  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for mask, own in before:
+            mask.nonzero_memo = own
+
+
+def bind_sizes(node: Node, sizes: Mapping[Any, int]) -> None:
+    """Note that symbols are the sizes of a node's dimensions, so that they keep their names where the graph is traced again."""
+    if sizes:
+        node.meta[BINDINGS] = {symbol: (CallMethodKey("size"), pytree.SequenceKey(dim)) for symbol, dim in sizes.items()}
 
 
 def write_expression(value: Any, proxies: dict[Any, Any]) -> Any:

@@ -53,6 +53,7 @@ class Report:
 
     Attributes:
         graph_breaks: Dynamo's reasons, with the number of times each occurred.
+        advice: what would let Dynamo capture more of the model, one sentence each.
         frames_total, frames_fell_back: frames that Dynamo began, and those that it then ran eagerly without a graph break.
     """
 
@@ -61,6 +62,7 @@ class Report:
     frames_total: int = 0
     frames_fell_back: int = 0
     hardware: str = ""
+    advice: tuple[str, ...] = ()
 
     @property
     def decisions(self) -> tuple[Decision, ...]:
@@ -93,6 +95,7 @@ class Report:
                 for f in self.frames
             ],
             "graph_breaks": list(self.graph_breaks),
+            "advice": list(self.advice),
             "frames_total": self.frames_total,
             "frames_fell_back": self.frames_fell_back,
             "timings": self.timings,
@@ -124,6 +127,7 @@ class Report:
         if self.frames_fell_back:
             lines.append(f"{self.frames_fell_back} of {self.frames_total} frames ran eagerly without a graph break")
         lines += [f"graph break: {reason}" for reason in self.graph_breaks]
+        lines += self.advice
         if self.timings:
             lines.append("seconds: " + ", ".join(f"{name} {seconds:.2f}" for name, seconds in self.timings.items()))
         return lines
@@ -226,6 +230,7 @@ def _report(frames: tuple[Frame, ...], since: _dynamo.Counters, hardware: str = 
         frames_total=now.total - since.total,
         frames_fell_back=(now.total - now.ok) - (since.total - since.ok),
         hardware=hardware or ", ".join(names),
+        advice=now.advice_since(since),
     )
 
 

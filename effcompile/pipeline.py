@@ -23,7 +23,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from . import runtime, trace
-from ._torch import OpOverload
+from ._torch import DataDependentError, OpOverload
 from .codegen import choices
 from .config import Config
 from .cost_model import devices, select
@@ -97,6 +97,9 @@ class Pipeline:
                 self.stages.clear()
                 self.failures.clear()
                 lifted, rewritten = self.through_the_rooms(module, example_inputs, dare=False)
+        except DataDependentError as error:
+            why = f"a pass cannot tell without the data: {summary(error)}"
+            return Result(module=None, frame=self.frame("fallback", why), error=LiftError(why))
         except Exception as error:
             why = str(error) if isinstance(error, LiftError) else summary(error)
             log.debug("%s is left as it came", self.name, exc_info=True)

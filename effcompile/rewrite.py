@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from ._torch import DataDependentError
 from .builder import Builder
 from .errors import VerifyError, summary
 from .ir import Computed, Match, Operand, Rejected, Rule
@@ -111,6 +112,8 @@ def _attempt(rule: Rule, node: Node, view: GraphView) -> Attempt:
     start = time.perf_counter()
     try:
         result = rule.recognise(node, view)
+    except DataDependentError:
+        result = Rejected(step="anchor", why="its sizes depend on data", node=node)
     except Exception as error:  # a rule that fails must not take the compile with it
         why = f"rule {rule.name} failed with {summary(error)}"
         result = Rejected(step="internal", why=why, node=node, error=error)

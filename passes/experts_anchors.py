@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from effcompile._torch import has_unbacked
 from effcompile.builder import is_tensor_node
 from effcompile.contraction import contraction_of
 from effcompile.pattern import CASTS
 from effcompile.viewmaps import VIEWS, is_float
 
+from .experts_chosen import landing_of
 from .experts_nodes import Facts, is_pointwise
 
 aten = torch.ops.aten
@@ -23,16 +25,23 @@ ANCHORS = frozenset({aten.sum.dim_IntList, aten.add.Tensor, *ACCUMULATES, *CONTR
 
 def may_end(anchor: Node, facts: Facts) -> bool:
     """Whether it is worth reading what an anchor adds up."""
-    if not is_float(anchor) or anchor.meta["val"].dim() < 2:
+    if not is_float(anchor) or anchor.meta["val"].dim() < 2 or _is_chosen(anchor):
         return False
     if anchor.target is aten.sum.dim_IntList:
         return facts.holds_product(anchor.args[0])
     if anchor.target in ACCUMULATES:
+        if any(user.target in ACCUMULATES and user.args[0] is anchor and landing_of(user) is not None for user in anchor.users):
+            return False
         return any(facts.holds_product(x) for x in anchor.all_input_nodes)
     if anchor.target is aten.add.Tensor:
         return _ends_a_loop(anchor, facts)
     found = contraction_of(anchor)
     return found is not None and any(facts.holds_product(x) for x in found.operands)
+
+
+def _is_chosen(anchor: Node) -> bool:
+    """Whether how many rows a tensor has depends on data: then they are those that one expert was chosen for."""
+    return any(isinstance(n, torch.SymInt) and has_unbacked(n) for n in anchor.meta["val"].shape)
 
 
 def _ends_a_loop(anchor: Node, facts: Facts) -> bool:

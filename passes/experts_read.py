@@ -24,7 +24,8 @@ from effcompile.rules import wrap_dim
 from effcompile.terms import FloorDiv, IntLoad, Load, Modulo, Term, Where
 from effcompile.viewmaps import Index, reshape, shape_of
 
-from .experts_nodes import LINEAR, argument, is_grouped, is_permutation
+from .experts_chosen import chosen_summands
+from .experts_nodes import LINEAR, argument, bound_of, is_grouped, is_permutation
 from .experts_terms import C, F, Group, Inverse, R, RowInterpreter, T, Z, features_of
 from .specify import Stop
 
@@ -181,6 +182,11 @@ def _over(rows: RowInterpreter, count: Term, summand: Any) -> Total:
 
 def _accumulated(rows: RowInterpreter, anchor: Node, at: Index) -> Total:
     """`zeros.index_add(0, tokens, y)` where row m of y is one slot of one token: each slot of a token once."""
+    chosen = chosen_summands(rows, anchor)
+    if chosen is not None:
+        summands, start = chosen
+        rest = () if rows.element(start, (*at, C)) == 0 else (start,)
+        return Total(summands=tuple(x for term in summands for x in sympy.Add.make_args(term)), count=None, rest=rest)
     base, positions, values = _landing(anchor)
     if base is None:
         raise Stop("anchor", "it adds to what is not a row of the result", anchor)
@@ -224,6 +230,9 @@ def _row_of(rows: RowInterpreter, token: Term, m: Term, size: Term, tokens: Term
     elif isinstance(shape, Modulo) and shape.args[0] == q and shape.args[1] == tokens:
         quotient = size / tokens
         count, position = quotient, T + tokens * Z
+    elif any(bound_of(rows.loaded[x.tensor]) == tokens for x in token.atoms(IntLoad)):
+        why = "experts choose their tokens (expert choice): a token may have any number of experts, the operation has k"
+        raise Stop("combine", why, anchor)
     else:
         raise Stop("combine", "which token a row is added to is not known from its place", anchor)
     return (Inverse(sympy.Symbol(found[0].tensor), position) if found else position), count

@@ -44,6 +44,13 @@ class Inverse(sympy.Function):
     is_nonnegative = True
 
 
+class Place(sympy.Function):
+    """`Place(mask, n, ...)`: in which row of `nonzero(mask)` the element [n, ...] of the mask stands, if it is not zero."""
+
+    is_integer = True
+    is_nonnegative = True
+
+
 class Group(sympy.Function):
     """`Group(offsets, m)`: how many of the offsets are at most m."""
 
@@ -73,6 +80,8 @@ class RowRanges(Ranges):
             return self.loads.get(term.tensor, (None, None))
         if isinstance(term, (Inverse, Group)):
             return sympy.S.Zero, None
+        if isinstance(term, Place):
+            return self.loads.get(f"place in {term.args[0]}", (sympy.S.Zero, None))
         return super()._find(term)
 
     def given(self, condition: Term) -> RowRanges:
@@ -81,6 +90,10 @@ class RowRanges(Ranges):
     def holding(self, tensor: str, low: Bound, high: Bound) -> RowRanges:
         """These ranges, with what a tensor holds."""
         return RowRanges(self._bounds, {**self.loads, tensor: (low, high)})
+
+    def choosing(self, mask: Node, count: Term) -> None:
+        """Note how many elements a mask chooses."""
+        self.loads[f"place in {mask.name}"] = (sympy.S.Zero, count - 1)
 
     def pruned(self, term: Term) -> Term:
         """A maximum or minimum without the arguments that another one bounds."""
@@ -185,7 +198,7 @@ def features_of(index: Index) -> set[Any]:
 
 def is_plain(index: Index) -> bool:
     """Whether an index is a polynomial of index symbols, in which nothing is looked up."""
-    return not any(term.has(IntLoad, Inverse, Group) for term in index)
+    return not any(term.has(IntLoad, Inverse, Group, Place) for term in index)
 
 
 def is_token(index: Index) -> bool:
@@ -276,6 +289,32 @@ def _put_back(rows: RowInterpreter, base: Any, positions: Any, values: Any, inde
         return None
     rows.loaded[permutation.name] = permutation
     return rows.argument(values, (_inverse(permutation, index[0]), *index[1:]))
+
+
+# -------------------------------------------------------------------- what a mask chooses
+
+
+@_rule(aten.nonzero.default)
+def _nonzero(rows: RowInterpreter, node: Node, index: Index) -> Term | None:
+    at = _place_in(node.args[0], index[0])
+    return None if at is None or not index[1].is_Integer else at[int(index[1])]
+
+
+@_rule(aten.index.Tensor)
+def _indexed(rows: RowInterpreter, node: Node, index: Index) -> Term | None:
+    """`x[mask]`, or as any index says."""
+    source, positions = node.args
+    mask = positions[0] if len(positions) == 1 else None  # type: ignore[arg-type, index]
+    if not isinstance(mask, Node) or mask.meta["val"].dtype is not torch.bool:
+        through = rows.goes_on(node, index) or not is_float(node)
+        return rows.ranges.pruned(Interpreter._evaluate(rows, node, index)) if through else None
+    at = _place_in(mask, index[0])
+    return None if at is None else rows.element(source, (*at, *index[1:]))  # type: ignore[arg-type]
+
+
+def _place_in(mask: Any, row: Term) -> Index | None:
+    """Where in a mask the element stands that a row of what it chose is of."""
+    return row.args[1:] if isinstance(row, Place) and str(row.args[0]) == mask.name else None
 
 
 # -------------------------------------------------------------------- what ids make
