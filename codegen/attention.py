@@ -30,6 +30,7 @@ Tile = tuple[int, int, int, int]  # queries, keys, warps, stages
 Arch = str  # "sm_90", "gfx942", or "cpu" for Triton's interpreter
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+WITHOUT_TF32 = ("gfx950",)  # whose compiler refuses the word, whatever the operands
 _directory: Path | None = None
 
 

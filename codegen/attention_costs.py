@@ -40,6 +40,8 @@ from .launching import tile_count, width_of
 Mode = Literal["forward", "backward"]
 
 _SAMPLED = 64  # lines of tiles that are looked at; of longer grids, as many at even distances
+_LEAST_SAMPLED = 16
+_ONE_THREAD = 32767  # elements of a tensor up to which torch works in one thread: to wake others takes milliseconds
 _BASIC_OPERATIONS = 6  # of a score: scaled, compared, taken off, added up, rounded, moved
 _BACKWARD_OPERATIONS = 8
 _SPECIAL = (sympy.exp, sympy.log, sympy.tanh, sympy.erf, sympy.sin, sympy.cos, Sigmoid)
@@ -128,8 +130,8 @@ def _count(
 ) -> Tiles:
     certain, possible = _verdicts(spec)
     lines, columns = tile_count(t_q, block_m), tile_count(t_k, block_n)
-    i = _starts(lines, block_m, sampled=not by_key)[:, None]
-    j = _starts(columns, block_n, sampled=by_key)[None, :]
+    i = _starts(lines, block_m, most=lines if by_key else _sample(columns))[:, None]
+    j = _starts(columns, block_n, most=_sample(lines) if by_key else columns)[None, :]
     values: dict[str, Any] = {
         "i0": i, "i1": (i + block_m).clamp(max=t_q) - 1, "j0": j, "j1": (j + block_n).clamp(max=t_k) - 1,
         "TQ": t_q, "TK": t_k, "b": 0, "h": 0, **dict(named),
@@ -152,9 +154,14 @@ def _verdicts(spec: AttentionSpec) -> tuple[Term, Term]:
     return (certain if len(known.args if isinstance(known, And) else (known,)) >= len(parts) else sympy.false), possible
 
 
-def _starts(count: int, block: int, *, sampled: bool) -> torch.Tensor:
-    step = max(1, count // _SAMPLED) if sampled else 1
-    return torch.arange(count - 1, -1, -step) * block
+def _sample(length: int) -> int:
+    """How many lines of so many tiles are looked at."""
+    return max(_LEAST_SAMPLED, min(_SAMPLED, _ONE_THREAD // length))
+
+
+def _starts(count: int, block: int, *, most: int) -> torch.Tensor:
+    """Where tiles begin: at most so many, at even distances, the first and the last among them."""
+    return torch.linspace(0, count - 1, min(count, most), dtype=torch.float64).round().long() * block
 
 
 def _evaluated(condition: Term, values: Mapping[str, Any]) -> torch.Tensor:

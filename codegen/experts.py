@@ -164,6 +164,7 @@ def source(spec: ExpertsSpec, problem: Problem, *, config: Config | None = None)
     named = {"ALONG": config.along, "ACROSS": config.across}
     settings = Settings(
         dtype=str(problem.dtype).removeprefix("torch."),
+        precision="tf32" if problem.dtype != torch.float32 and problem.arch not in attention.WITHOUT_TF32 else "ieee",
         tiles=[tile.options() for tile in config.tiles],
         outer={name: value for name, value in config.outer.options().items() if name != "GROUP"},
         few={name: {"BLOCK_N": n, "BLOCK_K": k, "num_warps": 4} for name, (n, k) in named.items()},

@@ -25,9 +25,13 @@ _SETTINGS = (*_FLAGS, "PAIR", "PRECISION", "RUNTIME", "TILES", "OUTER", "FEW", "
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What a file holds beside the specification: launch configurations, see `experts_launches`, tiles by rising rows."""
+    """What a file holds beside the specification: launch configurations, see `experts_launches`, tiles by rising rows.
+
+    `precision`: of float32's products; of no consequence for operands of 16 bits.
+    """
 
     dtype: str
+    precision: str
     tiles: Sequence[Mapping[str, Mapping[str, int]]]
     outer: Mapping[str, int]
     few: Mapping[str, Mapping[str, int]]
@@ -72,7 +76,7 @@ def _constants(spec: ExpertsSpec, settings: Settings) -> str:
     return "\n".join(
         [
             f"DTYPE = torch.{settings.dtype}",
-            f"PRECISION = tl.constexpr({'ieee' if settings.dtype == 'float32' else 'tf32'!r})",
+            f"PRECISION = tl.constexpr({settings.precision!r})",
             *(f"{name} = {value}" for name, value in flags(spec).items()),
             f"PAIR = {spec.is_pair}",
             f"TILES = (\n{listed})",

@@ -158,6 +158,7 @@ def source(spec: RecurrenceSpec, problem: Problem, *, config: Config | None = No
         constant=problem.constant,
         joined=not problem.arch.startswith("sm_10"),
         near=6.0 if problem.dtype == torch.float16 else 96.0,
+        precision="tf32" if problem.dtype != torch.float32 and problem.arch not in attention.WITHOUT_TF32 else "ieee",
         tiles=[tile.options() for tile in config.tiles],
         exchanged=[tile.options() for tile in config.exchanged],
         step={"BLOCK_M": config.step_columns, "num_warps": 4},
@@ -297,12 +298,15 @@ def _tiles(rows: int, columns: int, problem: Problem, *, weighted: bool = False)
     """Of 64 and of 32 columns, as far as there are so many: the first leave room for a second program, the last are alone.
 
     A state of 256 rows leaves no such room: wide tiles then, which compute q k^T less often, where the shared memory holds them.
+    Where products take the state from registers, those bound the columns: 32 for 128 rows, 16 for 256.
     """
     widths = sorted({min(columns, width) for width in (64, 32)}, reverse=True)
     if problem.dtype == torch.float32 or (rows >= 128 and problem.arch in _FRAGMENTS):
         widths = widths[-1:]
     elif rows >= 256:
         widths = widths[:1] if _SHARED_KB.get(problem.arch, 99) > 200 else widths[-1:]
+    if rows >= 256 and problem.arch in _FRAGMENTS and not weighted:
+        widths = [16]
     return tuple(_tile(rows, width, problem, weighted=weighted, alone=width == widths[-1]) for width in widths)
 
 
@@ -326,7 +330,9 @@ def _tile(rows: int, block_m: int, problem: Problem, *, weighted: bool, alone: b
     def scratch(chunk: int) -> int:  # of a step: what is written in the operands' dtype
         return 0 if weighted else chunk * block_m * size
 
-    chunk = 32 if problem.dtype == torch.float32 or problem.arch.startswith("gfx") else 64
+    crammed = problem.arch in _FRAGMENTS and not weighted  # a chunk's weights [C, C] are in registers, beside the state
+    short = crammed or problem.dtype == torch.float32 or problem.arch.startswith("gfx")
+    chunk = 16 if crammed and rows >= 256 else 32 if short else 64
     while chunk > 16 and loaded(chunk) + state + scratch(chunk) > (whole - 8) * 1024:
         chunk //= 2
     fits = (whole - 8) * 1024 - state - scratch(chunk) >= 2 * loaded(chunk)

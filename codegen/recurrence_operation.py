@@ -39,7 +39,7 @@ def step(start, q, k, v, gates, out, normaliser, initial, final, bonus):
     }  # fmt: skip
     launch(
         start, step_kernel, (batch * heads * tile_count(m, STEP["BLOCK_M"]), 1, 1), values,
-        COLUMNS=BY_VALUE, EXTRA=int(NORMALISED), START=initial is not None, N=n, M=m, BLOCK_N=width_of(n), **STEP,
+        BY_COLUMN=BY_VALUE, EXTRA=int(NORMALISED), START=initial is not None, N=n, M=m, BLOCK_N=width_of(n), **STEP,
     )  # fmt: skip
 
 

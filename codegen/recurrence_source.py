@@ -29,6 +29,7 @@ class Settings:
     that take a chunk by itself.
 
     `joined`: two products may add up in one sum. `near`: of a chunk's running sums of log2 decays, up to where it is one product.
+    `precision`: of float32's products; of no consequence for operands of 16 bits.
     """
 
     d_k: int
@@ -37,6 +38,7 @@ class Settings:
     constant: bool
     joined: bool
     near: float
+    precision: str
     tiles: Sequence[Mapping[str, int]]
     exchanged: Sequence[Mapping[str, int]]
     step: Mapping[str, int]
@@ -90,8 +92,7 @@ def _template(name: str, title: str, decided: Mapping[str, bool]) -> str:
 
 
 def _limits(spec: RecurrenceSpec, settings: Settings) -> dict[str, Any]:
-    precise = "ieee" if settings.dtype == "float32" else "tf32"  # of no consequence for operands of 16 bits
-    return {"PRECISION": precise, "RESET": -86.0, "LEAST": -160.0, "NEAR": settings.near}
+    return {"PRECISION": settings.precision, "RESET": -86.0, "LEAST": -160.0, "NEAR": settings.near}
 
 
 def _values(spec: RecurrenceSpec, settings: Settings) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def step_kernel(
     stride_gb, stride_gh, stride_gt, stride_gd, stride_rb, stride_rh, stride_rt, stride_rd,
     stride_ub, stride_uh, stride_ut, stride_ud,
     stride_ib, stride_ih, stride_in, stride_im, stride_fb, stride_fh, stride_fn, stride_fm,
-    GROUP_Q, GROUP_K, H, T, COLUMNS: tl.constexpr, EXTRA: tl.constexpr, START: tl.constexpr, N: tl.constexpr, M: tl.constexpr,
+    GROUP_Q, GROUP_K, H, T, BY_COLUMN: tl.constexpr, EXTRA: tl.constexpr, START: tl.constexpr, N: tl.constexpr, M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Few steps of BLOCK_M columns of one head's state, one after the other, in float32: the state is read and written once.
@@ -92,12 +92,12 @@ def step_kernel(
             if RATED:
                 r_at = Rate + b * stride_rb + h * stride_rh + at * stride_rt
             if VECTOR:
-                d = m if COLUMNS else n
-                D: tl.constexpr = M if COLUMNS else N
+                d = m if BY_COLUMN else n
+                D: tl.constexpr = M if BY_COLUMN else N
                 if RATED:
                     r_at = r_at + d * stride_rd
                 decay = tl.exp2(load_gates(g_at + d * stride_gd, r_at, d < D))
-                if COLUMNS:
+                if BY_COLUMN:
                     state = state * decay[None, :]
                 else:
                     state = state * decay[:, None]

@@ -32,12 +32,16 @@ def estimate(candidate: Candidate, hardware: Hardware, dtype: Any, hints: Mappin
     flops, traffic, exponentials = (
         _value(what, getattr(work, what), candidate.name, hints or {}) for what in ("flops", "bytes", "transcendentals")
     )
-    matmul_s = flops / (hardware.sustained_matmul_tflops(dtype) * 1e12 * candidate.compute_efficiency)
+    rate = hardware.sustained_matmul_tflops(dtype)
+    matmul_s = flops / (rate * 1e12 * candidate.compute_efficiency)
     return Estimate(
         candidate=candidate.name,
         compute_s=max(matmul_s, exponentials / hardware.sustained_exp_per_s),
         memory_s=traffic / (hardware.sustained_bandwidth_gb_s * 1e9 * candidate.memory_efficiency),
         launch_s=work.launches * hardware.launch_us * 1e-6,
+        flops=flops,
+        bytes=traffic,
+        matmul_tflops=rate,
     )
 
 

@@ -16,8 +16,9 @@ from typing import Any
 import click
 import torch
 
-from . import config, doctor
+from . import config, doctor, roofline_plot
 from .cost_model import devices
+from .cost_model.hardware import Hardware
 from .errors import EffcompileError
 from .hardware_commands import calibrate, hw
 from .terminal import console, table
@@ -45,11 +46,25 @@ main.add_command(calibrate)
 
 @main.command()
 @click.argument("target", metavar="FILE.py:NAME")
-@click.option("--hardware", metavar="NAME", help="Plan for this device instead of the one at hand (see `effarch hw list`).")
+@click.option(
+    "--hardware",
+    "--hw",
+    "hardware",
+    metavar="NAME",
+    help="Plan for this device instead of the one at hand (see `effarch hw list`).",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("--dump", type=click.Path(file_okay=False), metavar="DIR", help="Write graphs and kernels to this directory.")
 @click.option("--train", is_flag=True, help="Plan with gradients, in training mode.")
-def explain(target: str, hardware: str | None, as_json: bool, dump: str | None, train: bool) -> None:
+@click.option(
+    "--plot",
+    "plots",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    multiple=True,
+    help="Draw what was chosen on the device's roofline, as PNG or SVG; may be given twice. Needs matplotlib.",
+)
+def explain(target: str, hardware: str | None, as_json: bool, dump: str | None, train: bool, plots: tuple[str, ...]) -> None:
     """Capture NAME of FILE.py and report what matched, what was refused and why, and what was chosen.
 
     NAME is a module or a function. Its inputs are NAME_inputs or example_inputs in the same file: a tuple of positional
@@ -57,6 +72,8 @@ def explain(target: str, hardware: str | None, as_json: bool, dump: str | None, 
     """
     import effcompile
 
+    for path in plots:
+        roofline_plot.checked(path)
     module, name = _load(target)
     model = _model(module, name)
     args, kwargs = _inputs(module, name)
@@ -65,6 +82,8 @@ def explain(target: str, hardware: str | None, as_json: bool, dump: str | None, 
     with _mode(model, (args, kwargs), train):
         report = effcompile.explain(model, *args, hardware=hardware, dump=dump, **kwargs)
     click.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
+    if plots:
+        roofline_plot.save(report, _planned_for(report.hardware), plots)
 
 
 @main.command()
@@ -86,6 +105,15 @@ def examine() -> None:
         listed.add_row(mark, check.name, check.detail, "" if check.ok else check.remedy)
     console().print(listed)
     sys.exit(0 if doctor.healthy(checks) else 1)
+
+
+def _planned_for(name: str) -> Hardware:
+    """The profile that a report was made for: one that has the name, else that of the GPU at hand."""
+    if name not in devices.names() and torch.cuda.is_available():
+        at_hand = devices.detect("cuda")
+        if at_hand.name == name:
+            return at_hand
+    return devices.get(name)
 
 
 def _load(target: str) -> tuple[ModuleType, str]:

@@ -31,6 +31,10 @@ class ProfileError(EffcompileError, ValueError):
     """A file of a measured hardware profile that cannot be read."""
 
 
+class PlotError(EffcompileError):
+    """A picture that cannot be drawn, or a kind of file that none is written as."""
+
+
 class LiftError(EffcompileError):
     """A graph that cannot be lifted faithfully. It goes to Inductor unchanged."""
 

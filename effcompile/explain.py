@@ -192,6 +192,8 @@ def decision_dict(decision: Decision) -> dict[str, Any]:
                 "launch_s": e.launch_s,
                 "total_s": e.total_s,
                 "bound": e.bound,
+                "flops": e.flops,
+                "bytes": e.bytes,
             }
             for e in decision.estimates
         ],

@@ -143,12 +143,18 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Predicted time of one candidate, in seconds, by the roof that it meets."""
+    """Predicted time of one candidate, in seconds, by the roof that it meets.
+
+    `flops` and `bytes` are what it was predicted from, `matmul_tflops` the rate that its operands' type sustains.
+    """
 
     candidate: str
     compute_s: float
     memory_s: float
     launch_s: float
+    flops: float = 0.0
+    bytes: float = 0.0
+    matmul_tflops: float = 0.0
 
     @property
     def total_s(self) -> float:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import sympy
+import sympy.combinatorics  # conditions and products import it at their first use: 40 ms of the first decision
 from sympy.logic.boolalg import And, Boolean, BooleanFalse, BooleanTrue, Not, Or
 
 from .errors import ExpressionError

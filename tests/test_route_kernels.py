@@ -286,32 +286,6 @@ def test_what_has_no_kernel(fields: dict[str, Any], experts: int, dtype: torch.d
         route.forward(torch.zeros(3, experts, dtype=dtype), None, spec)
 
 
-TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942", "hip:gfx950")
-QUICK = {
-    ("cuda:90", "sigmoid-groups"),
-    ("cuda:90", "softmax-renormalised"),
-    ("cuda:80", "p-norm"),
-    ("hip:gfx942", "sigmoid-groups"),
-    ("hip:gfx942", "softmax-after"),
-}
-
-
-@pytest.mark.parametrize(
-    ("target", "name"),
-    [
-        pytest.param(target, name, marks=() if (target, name) in QUICK else pytest.mark.slow)
-        for target in TARGETS
-        for name in ("softmax-renormalised", "softmax-after", "p-norm", "sigmoid-groups", "sigmoid-after-normed", "softmax-groups")
-    ],
-)
-def test_it_compiles_for_gpus_that_are_not_there(target: str, name: str) -> None:
-    for experts, tokens in ((8, 4096), (256, 4096), (512, 16)):
-        spec = RouteSpec(**SPECS[name])
-        reports = aot.compile_route(spec, target=target, experts=experts, tokens=tokens, dtype=torch.bfloat16)
-        assert [report.kernel for report in reports] == ["forward_kernel", "backward_kernel"]
-        assert [report for report in reports if not report.fits or report.spill_bytes] == []
-
-
 def test_an_unknown_target_is_refused() -> None:
     with pytest.raises(KernelError, match="Expected one of .* but got target='cuda:1'"):
         aot.compile_route(RouteSpec(k=1), target="cuda:1")
