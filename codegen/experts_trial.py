@@ -123,7 +123,7 @@ def example(
     generator = torch.Generator(device="cpu").manual_seed(0)
 
     def make(*shape: int, dtype: torch.dtype = module.DTYPE) -> Tensor:
-        return torch.randn(shape, generator=generator).mul(shape[-1] ** -0.5).to(device, dtype)
+        return torch.randn(shape, generator=generator, device="cpu").mul(shape[-1] ** -0.5).to(device, dtype)
 
     def stored(of_all: Tensor) -> list[Tensor]:
         return [of_all] if spec.is_stacked else [x.clone() for x in of_all]
@@ -135,9 +135,9 @@ def example(
     d, f, d_out = (block if whole else block // 2 + 40 for whole in trial.whole)
     tokens = 2 if trial.few else module.TILES[trial.tile]["FIRST"]["BLOCK_M"] + 20
     ids_dtype, weights_dtype, *bias_dtypes = trial.dtypes
-    ids = torch.randint(-1, _EXPERTS - 1, (tokens, _SLOTS), generator=generator)
+    ids = torch.randint(-1, _EXPERTS - 1, (tokens, _SLOTS), generator=generator, device="cpu")
     ids[: tokens // 2, 0] = 1
-    weights = torch.rand((tokens, _SLOTS), generator=generator).to(device, weights_dtype)
+    weights = torch.rand((tokens, _SLOTS), generator=generator, device="cpu").to(device, weights_dtype)
     columns = f if spec.is_pair or not spec.gated else 2 * f
     parts = 2 if spec.is_pair else 1
     up = [x for _ in range(parts) for x in matrices(d, columns, trial.dense[0])]

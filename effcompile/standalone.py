@@ -38,10 +38,10 @@ def inputs():
 def random_input(spec, generator):
     dtype = getattr(torch, spec["dtype"])
     if dtype.is_floating_point or dtype.is_complex:
-        values = torch.randn(spec["shape"], generator=generator).to(dtype)
+        values = torch.randn(spec["shape"], generator=generator, device="cpu").to(dtype)
     else:
         low, high = spec["range"]
-        values = torch.randint(low, high + 1, spec["shape"], generator=generator).to(dtype)
+        values = torch.randint(low, high + 1, spec["shape"], generator=generator, device="cpu").to(dtype)
     tensor = torch.empty_strided(spec["shape"], spec["stride"], dtype=dtype, device=spec["device"])
     return tensor.copy_(values).requires_grad_(spec["requires_grad"])
 

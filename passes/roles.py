@@ -183,7 +183,7 @@ class Prover:
             if not node.meta["val"].dtype.is_floating_point:
                 raise Unproved(f"{node.name} holds no floating-point numbers")
             size = [len(p) for p in probe.places[node]]
-            value = torch.randn(size, generator=self.generator, dtype=torch.float64) * magnitude
+            value = torch.randn(size, generator=self.generator, dtype=torch.float64, device="cpu") * magnitude
             if node in decays:
                 value = _GATE[form](-(value.abs() + 0.01) / (1 + self.length / 64))
             values[node] = value

@@ -18,9 +18,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from effcompile.codegen import attention, emit, experts
-from effcompile.codegen.experts_trial import Trial, disagreement
+from effcompile.codegen.experts_trial import Trial, disagreement, example
 from effcompile.errors import KernelError
 from effcompile.ops.experts import ExpertsSpec, each_operand, reference, reference_backward
 from tests.interpreter import Ask, interpreted, serve
@@ -305,6 +306,15 @@ def test_kernels_that_disagree_with_the_reference_are_not_trusted(name: str, int
     assert wrong.startswith("Expected forward kernels that agree with the reference but got out with error=")
     assert wrong_back.startswith("Expected backward kernels that agree with the reference but got x with error=")
     assert wrong_few.startswith("Expected forward kernels that agree with the reference but got out with error=")
+
+
+def test_a_trial_draws_the_same_numbers_whatever_the_default_device() -> None:
+    whole, dtypes = (False, False, False), (torch.int64, torch.float32)
+    trial = Trial(tile=0, few=False, keep=True, wanted=None, dense=(True, False), whole=whole, dtypes=dtypes)
+    wanted = example(kernels_of(Case()), Case().spec, torch.device("cpu"), trial)
+    with torch.device("meta"):
+        given = example(kernels_of(Case()), Case().spec, torch.device("cpu"), trial)
+    assert tree_map(torch.equal, given, wanted) == (True, True, True, [True], [True], [])
 
 
 @pytest.mark.parametrize("name", ["many-experts"])
