@@ -8,8 +8,16 @@ Each batch b and head h carries a state S [Dk, Dv]:
 Without `k` and `q` there is one row, Dk = 1, that is written and read as it is: h_t = a_t * h_{t-1} + v_t. The decay is one for a
 head, for each row ("key"), each column ("value") or each element ("full") of the state.
 
+A delta rule takes out what the state holds at e_t before it writes (Schlag et al. 2021, eq. 24; Yang et al. 2025, eq. 10):
+
+    S_t = A_t * S_{t-1} + beta_t (k_t v_t^T - w_t (R_t^T e_t)^T)          R_t = A_t * S_{t-1}, or S_{t-1}
+
+where e = `erase` and w = `write` are k, and beta is 1, if they are not given.
+
 Linear attention has no decay; RetNet, lightning attention, Mamba-2 and mLSTM one for a head; GLA, HGRN2 and RWKV-6 one for each
 row; GSA's first pass one for each column; Mamba one for each element; LRU, RG-LRU, HGRN, minGRU and RWKV-4 have a single row.
+DeltaNet, gated DeltaNet, Kimi delta attention and TTT-linear without its norm are delta rules that erase at the key, Comba one
+with an erase of its own; RWKV-7 erases and writes at two further keys, reading the state before its decay.
 """
 
 from __future__ import annotations
@@ -28,9 +36,10 @@ from .attention import LIBRARY
 Decay = Literal["none", "head", "key", "value", "full"]
 Gate = Literal["log", "factor"]
 Read = Literal["after", "before"]
+Delta = Literal["none", "decayed", "previous"]
 
-SPEC_VERSION = 2  # part of the key of compiled graphs: raised when an operator's schema changes
-OPTIONAL = ("q", "k", "gate", "rate", "bonus", "initial")
+SPEC_VERSION = 3  # part of the key of compiled graphs: raised when an operator's schema changes
+OPTIONAL = ("q", "k", "gate", "rate", "bonus", "beta", "erase", "write", "initial")
 """The operands beside `v`, in the order in which they are passed."""
 FEW_STEPS = 8
 """Up to so many steps of a matrix state are taken one by one, and its memory can hold the last state as it held the first."""
@@ -46,6 +55,8 @@ class RecurrenceSpec:
         gate: whether `gate` is the decay's logarithm or the decay. A decay itself needs a state of one row.
         read: whether o_t is read after the update with k_t and v_t or before it.
         normaliser: the state has one column more, which v meets with ones; q reads it into the second result.
+        delta: whether a step takes out what the state holds at `erase`, and whether it reads that from the decayed state or from
+            the previous one.
         out: dtype of the first result.
     """
 
@@ -54,6 +65,7 @@ class RecurrenceSpec:
     gate: Gate = "log"
     read: Read = "after"
     normaliser: bool = False
+    delta: Delta = "none"
     out: str = "float32"
     version: int = SPEC_VERSION
 
@@ -72,13 +84,21 @@ class RecurrenceSpec:
             ("a rate multiplies a gate that is a logarithm", "rate" not in has or ("gate" in has and self.gate == "log")),
             ("a decay itself needs a state of one row", self.gate == "log" or "k" not in has),
             ("a bonus is for a state that is read before its update", "bonus" not in has or ("k" in has and self.read == "before")),
+            ("beta, erase and write belong to a delta rule", self.delta != "none" or not has & {"beta", "erase", "write"}),
+            ("a delta rule has keys, a decay of whole rows and no bonus, and is read after its update", self._can_erase),
             ("a normaliser needs q, and one decay for all columns", not self.normaliser or self.can_normalise),
         ]
 
     @property
     def can_normalise(self) -> bool:
         """Whether the keys' own sum can be a further column of the state."""
-        return "q" in self.operands and self.decay in ("none", "head", "key") and "bonus" not in self.operands
+        plain = self.delta == "none" and "bonus" not in self.operands
+        return plain and "q" in self.operands and self.decay in ("none", "head", "key")
+
+    @property
+    def _can_erase(self) -> bool:
+        rows = self.has_rows and self.decay in ("none", "head", "key")
+        return self.delta == "none" or (rows and self.read == "after" and "bonus" not in self.operands)
 
     @property
     def has_rows(self) -> bool:
@@ -122,6 +142,8 @@ def reference(
             q, k: [B, Hk, T, Dk]; head h of v meets head h // (H // Hk).
             gate, rate: [B, H, T, Dk, Dv], of size 1 where they do not differ (the decay's dimensions, and any of B, H, T).
             bonus: [B, H, T, Dk], B, H and T of size 1 where it does not differ.
+            beta: [B, H, T], of size 1 where it does not differ.
+            erase, write: like k, each with its own number of heads.
             initial: [B, H, Dk, Dv], the state before the first step; zeros if not given. With a normaliser [B, H, Dk, Dv + 1].
         dtype: to compute in; float32, or float64 for float64 operands, if not given.
 
@@ -140,12 +162,18 @@ def reference(
     keys, queries = (_heads(x[name], h) if name in x else torch.ones_like(values[..., :1]) for name in ("k", "q"))
     decay = _decay(x, spec).expand(b, h, t, -1, -1) if "gate" in x else None
     bonus = x["bonus"].expand(b, h, t, -1) if "bonus" in x else None
+    erase, again = (_heads(x[name], h) if name in x else keys for name in ("erase", "write"))
+    beta = x["beta"].expand(b, h, t) if "beta" in x else values.new_ones(b, h, t)
     state = x["initial"] if "initial" in x else values.new_zeros(b, h, keys.shape[-1], values.shape[-1])
     outputs = []
     for i in range(t):
         before = state
         write = keys[:, :, i, :, None] * values[:, :, i, None, :]
-        state = write + (before if decay is None else decay[:, :, i] * before)
+        decayed = before if decay is None else decay[:, :, i] * before
+        if spec.delta != "none":
+            held = (erase[:, :, i, :, None] * (decayed if spec.delta == "decayed" else before)).sum(-2, keepdim=True)
+            write = beta[:, :, i, None, None] * (write - again[:, :, i, :, None] * held)
+        state = write + decayed
         seen = state if spec.read == "after" else before
         if bonus is not None:
             seen = seen + bonus[:, :, i, :, None] * write
