@@ -5,7 +5,7 @@
 
 with operands and results as `ops.recurrence` says. States that k writes and q reads go through `recurrence_kernels`, chunk by
 chunk on the matrix units, or `recurrence_decayed_kernels` where the decay differs from row to row or from column to column; states
-of one row and decays of each element through `scan`, step by step in registers.
+of one row and decays of each element through `scan`, step by step in registers; delta rules through ATen.
 
 What a program holds and why, for B x H heads of a state [Dk, Dv] over T steps: the state stays in registers (BLOCK_M of its
 columns), and each chunk of C = 64 steps is read once. At D = 128, a chunk costs 64 (4 D BLOCK_M + 128 (D + BLOCK_M)) operations
@@ -31,7 +31,7 @@ from torch import Tensor
 
 from ..errors import KernelError
 from ..ops.recurrence import RecurrenceSpec, empty_output, reference_backward, state_shape, without_decay
-from . import attention, emit
+from . import attention, emit, recurrence_aten
 from .attention import DTYPES, Arch
 from .launching import width_of
 from .recurrence_choices import product_dtype
@@ -101,6 +101,8 @@ def forward(
     Raises:
         KernelError: shapes or dtypes that the kernels do not take, or a kernel that disagrees with the reference on this machine.
     """
+    if spec.delta != "none":
+        return recurrence_aten.forward(v, operands, spec, layout)
     if steps_alone(spec):
         return _scan().forward(v, operands, spec, layout)
     if v.numel() == 0:
@@ -129,6 +131,8 @@ def backward(
     Raises:
         KernelError: shapes or dtypes that the kernels do not take, or a kernel that disagrees with the reference on this machine.
     """
+    if spec.delta != "none":
+        return without_decay(recurrence_aten.backward(grad, grad_normaliser, grad_final, v, operands, out, spec), spec, decay)
     if steps_alone(spec):
         return without_decay(_scan().backward(grad, grad_normaliser, grad_final, v, operands, out, spec), spec, decay)
     if v.numel() == 0:

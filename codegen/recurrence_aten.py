@@ -6,6 +6,8 @@ rows    a state of one row: a scan of the output in place
 heads   one decay for a head, or none: chunks
 keys    one decay for each row of the state: chunks with scaled queries and keys
 steps   any other decay, few steps, and decays that let the state grow: step by step
+
+Delta rules go through `recurrence_delta`, few steps of them through `recurrence_delta_step`: ATen on any device.
 """
 
 from __future__ import annotations
@@ -15,10 +17,13 @@ from typing import Literal
 
 import torch
 
-from effcompile.ops.recurrence import RecurrenceSpec
+from effcompile.ops.recurrence import FEW_STEPS, RecurrenceSpec
 
 from . import recurrence_chunks as chunks
 from . import recurrence_chunks_backward as chunks_backward
+from . import recurrence_delta as delta
+from . import recurrence_delta_backward as delta_backward
+from . import recurrence_delta_step as delta_step
 from . import recurrence_keys as keys
 from . import recurrence_keys_backward as keys_backward
 from . import recurrence_native as native
@@ -45,6 +50,11 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The output in memory as `layout` says, the normaliser and the last state, as `ops.recurrence.reference` defines them."""
     x = spec.named(operands)
+    if spec.delta != "none":
+        if v.shape[2] <= FEW_STEPS:
+            return delta_step.forward(v, x, spec, layout)
+        logs, single = _delta_logs(v, x, spec)
+        return delta.forward(v, x, logs, spec, layout, single=single)
     if spec.has_rows and v.shape[2] == 1:
         return step.forward(v, x, spec, layout)
     if native.supports(v):
@@ -67,7 +77,8 @@ def backward(
 ) -> list[torch.Tensor]:  # fmt: skip
     """The gradients of v and of each operand, in their shapes and dtypes. `out` saves work where the state is one row."""
     x = spec.named(operands)
-    found = _backward_in_cpp(grad, grad_normaliser, grad_final, v, x, out, spec) if native.supports(v) else None
+    cpp = native.supports(v) and spec.delta == "none"
+    found = _backward_in_cpp(grad, grad_normaliser, grad_final, v, x, out, spec) if cpp else None
     if found is None:
         found = _backward_in_aten(grad, grad_normaliser, grad_final, v, x, out, spec)
     return [_as_operand(found[name], like) for name, like in (("v", v), *x.items())]
@@ -88,6 +99,10 @@ def _backward_in_aten(
     grad: torch.Tensor | None, grad_normaliser: torch.Tensor | None, grad_final: torch.Tensor | None,
     v: torch.Tensor, x: Tensors, out: torch.Tensor | None, spec: RecurrenceSpec,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
+    if spec.delta != "none":
+        logs, single = _delta_logs(v, x, spec)
+        found = delta_backward.backward(grad, grad_final, v, x, logs, spec, single=single)
+        return found | _gate_gradients(found["logs"].unsqueeze(-1), x) if "logs" in found else found
     form, logs = choose(v, x, spec)
     if form == "heads":
         found = chunks_backward.backward(grad, grad_normaliser, grad_final, v, x, logs, spec)
@@ -126,10 +141,26 @@ def choose(v: torch.Tensor, x: Tensors, spec: RecurrenceSpec) -> tuple[Form, tor
     shapes = [x[name].shape for name in ("gate", "rate") if name in x]
     if any(shape[4] != 1 for shape in shapes) or 0 in v.shape or x["k"].numel() == 0:
         return "steps", None
-    logs = x["gate"].to(torch.promote_types(v.dtype, torch.float32))
-    logs = (logs * x["rate"] if "rate" in x else logs).squeeze(-1)
-    if float(logs.amax()) * chunk_length(x["k"].shape[-1], v.shape[-1] + spec.normaliser) > _GROWTH:
+    logs = _logs(v, x)
+    if _grows(logs, x["k"].shape[-1], v.shape[-1] + spec.normaliser):
         return "steps", None
     if logs.shape[3] == 1:
         return "heads", logs
     return "keys", logs
+
+
+def _delta_logs(v: torch.Tensor, x: Tensors, spec: RecurrenceSpec) -> tuple[torch.Tensor | None, bool]:
+    """A delta rule's log decays [B|1, H|1, T|1, Dk|1], if it decays, and whether its steps are taken one by one."""
+    if spec.decay == "none":
+        return None, False
+    logs = _logs(v, x)
+    return logs, logs.numel() > 0 and _grows(logs, x["k"].shape[-1], v.shape[-1])
+
+
+def _logs(v: torch.Tensor, x: Tensors) -> torch.Tensor:
+    logs = x["gate"].to(torch.promote_types(v.dtype, torch.float32))
+    return (logs * x["rate"] if "rate" in x else logs).squeeze(-1)
+
+
+def _grows(logs: torch.Tensor, dk: int, dv: int) -> bool:
+    return float(logs.amax()) * chunk_length(dk, dv) > _GROWTH

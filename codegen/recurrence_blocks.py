@@ -106,3 +106,10 @@ def _shifted(part: torch.Tensor, like: torch.Tensor, *, first: int) -> torch.Ten
     shifted = torch.zeros_like(like)
     shifted[..., first : first + part.shape[-2], :] = part
     return shifted
+
+
+def between(pairs: torch.Tensor, *, inclusive: bool) -> torch.Tensor:
+    """For each step t the sum of pairs[i, j] over j < t <= i, or j < t < i: [..., C, 1]."""
+    ones = torch.ones(pairs.shape[-1], pairs.shape[-1], dtype=pairs.dtype, device=pairs.device)
+    sums = pairs.tril(-1) @ ones.triu(1)  # [i, t]: over j < t
+    return sums.tril_(0 if inclusive else -1).sum(-2).unsqueeze(-1)

@@ -18,7 +18,7 @@ import torch
 
 from effcompile.ops.recurrence import RecurrenceSpec
 
-from .recurrence_blocks import Block, earlier_sum, later_sum, load, load_with_column, store
+from .recurrence_blocks import Block, between, earlier_sum, later_sum, load, load_with_column, store
 from .recurrence_chunks import Decays, Loaded, Plan, advance, chain, scores_of, weighted, with_bonus
 
 Tensors = Mapping[str, torch.Tensor]
@@ -109,7 +109,8 @@ def _backward_block(
     if x.decays is not None and found.logs is not None:
         reads = _reads(from_states, read_grad, borders, x, plan)
         writes = (plan.parted(written) * to_ends).sum(-1, keepdim=True)
-        d_logs = _between(d_pairs.mul_(scores), plan) + later_sum(reads, inclusive=plan.offset == 1) + earlier_sum(writes)
+        inclusive = plan.offset == 1
+        d_logs = between(d_pairs.mul_(scores), inclusive=inclusive) + later_sum(reads, inclusive=inclusive) + earlier_sum(writes)
         store((d_logs + _through(borders, x.decays)).flatten(2, 3), found.logs, block)
         to_ends = to_ends * x.decays.write
     dv = weighted(with_bonus(scores, x, plan).mT, d_out, plan).add_(to_ends)
@@ -149,13 +150,6 @@ def _reads(from_states: torch.Tensor, read_grad: torch.Tensor, borders: Borders,
         return (from_states * plan.matrices(x.q)).sum(-1).view(*x.q.shape[:3], 1, -1, 1)
     read = torch.bmm(plan.matrices(x.q), plan.columns(borders.states[:-1]))
     return (plan.parted(read_grad) * plan.parted(read)).sum(-1, keepdim=True)
-
-
-def _between(pairs: torch.Tensor, plan: Plan) -> torch.Tensor:
-    """For each step t the sum of pairs[i, j] over j < t <= i (read after the update), or j < t < i: [..., C, 1]."""
-    ones = torch.ones(pairs.shape[-1], pairs.shape[-1], dtype=pairs.dtype, device=pairs.device)
-    sums = pairs.tril(-1) @ ones.triu(1)  # [i, t]: over j < t
-    return sums.tril_(plan.offset - 1).sum(-2).unsqueeze(-1)
 
 
 def _through(borders: Borders, decays: Decays) -> torch.Tensor:

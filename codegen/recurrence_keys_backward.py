@@ -94,7 +94,7 @@ def _backward_block(
     d_logs = later_sum(q * dq, inclusive=inclusive).add_(earlier_sum(k * dk)).add_(through.mT)
     d_scores = matmul(d_out, values.mT)
     for level in decays.levels:
-        _backward_level(level, d_scores, q, k, dq, dk, d_logs, inclusive)
+        backward_level(level, d_scores, q, k, dq, dk, d_logs, inclusive)
     weight = d_scores.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
     if inclusive:
         dq.addcmul_(weight, k)
@@ -109,7 +109,7 @@ def _backward_block(
     return d_states[0]
 
 
-def _backward_level(
+def backward_level(
     level: Level, d_scores: torch.Tensor, q: torch.Tensor, k: torch.Tensor,
     dq: torch.Tensor, dk: torch.Tensor, d_logs: torch.Tensor, inclusive: bool,
 ) -> None:  # fmt: skip

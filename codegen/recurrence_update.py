@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..ops.recurrence import RecurrenceSpec
-from . import recurrence, recurrence_step
+from ..ops.recurrence import FEW_STEPS, RecurrenceSpec
+from . import recurrence, recurrence_delta_step, recurrence_step
 from . import recurrence_native as native
 from . import recurrence_native_steps as native_steps
 from .recurrence_trial import tried
@@ -26,7 +26,7 @@ def on_gpu(v: Tensor, operands: Sequence[Tensor], state: Tensor, spec: Recurrenc
     Raises:
         KernelError: as `recurrence.forward`, before anything is written.
     """
-    if recurrence.steps_alone(spec) or state.dtype != torch.float32 or v.numel() == 0:
+    if spec.delta != "none" or recurrence.steps_alone(spec) or state.dtype != torch.float32 or v.numel() == 0:
         return None
     x = recurrence._checked(v, [*operands, state], spec)
     module = recurrence._kernels(v, x, spec, None)
@@ -42,6 +42,8 @@ def on_cpu(v: Tensor, operands: Sequence[Tensor], state: Tensor, spec: Recurrenc
     x = spec.named([*operands, state])
     if not spec.has_rows or state.dtype != torch.promote_types(v.dtype, torch.float32) or v.numel() == 0:
         return None
+    if spec.delta != "none":
+        return recurrence_delta_step.update(v, x, state, spec, layout) if v.shape[2] <= FEW_STEPS else None
     if v.shape[2] == 1:
         return recurrence_step.update(v, x, state, spec, layout)
     compiled = native_steps.forward(v, x, spec, layout, final=state) if native.supports(v) else None

@@ -32,6 +32,10 @@ class Form:
     normaliser: bool = False
     initial: bool = False
     over: str = ""
+    delta: str = "none"
+    beta: bool = False
+    erase: bool = False
+    write: bool = False
 
     def spec(self, out: str = "float32") -> RecurrenceSpec:
         there = {
@@ -40,6 +44,9 @@ class Form:
             "gate": self.decay != "none",
             "rate": self.rate,
             "bonus": self.bonus,
+            "beta": self.beta,
+            "erase": self.erase,
+            "write": self.write,
             "initial": self.initial,
         }
         return RecurrenceSpec(
@@ -48,6 +55,7 @@ class Form:
             gate=self.gate,
             read=self.read,
             normaliser=self.normaliser,
+            delta=self.delta,
             out=out,
         )
 
@@ -94,7 +102,10 @@ class Sizes:
 
 @dataclass
 class Case:
-    """Operands of one form, and random weights of its three results."""
+    """Operands of one form, and random weights of its three results.
+
+    The keys of a delta rule have length 1, unless they are `raw`; beta is below `strongest`.
+    """
 
     form: Form
     sizes: Sizes = field(default_factory=Sizes)
@@ -102,6 +113,8 @@ class Case:
     logs: tuple[float, ...] = ()  # log decays to draw from; uniform in [-scale, 0] if there are none
     dtype: torch.dtype = torch.float32
     out: str = "float32"
+    raw: bool = False
+    strongest: float = 1.0
 
     def __post_init__(self) -> None:
         s, form = self.sizes, self.form
@@ -109,14 +122,18 @@ class Case:
         rows = s.dk if form.rows else 1
         drawn = {
             "q": lambda: torch.randn(s.b, s.heads, s.t, rows),
-            "k": lambda: torch.randn(s.b, s.heads, s.t, rows),
+            "k": lambda: self._keys(rows),
             "gate": lambda: self._gate(rows),
             "rate": lambda: -3 * torch.rand(1, s.h, 1, rows if form.decay in ("key", "full") else 1, 1),
             "bonus": lambda: torch.randn(1, s.h, 1, rows),
+            "beta": lambda: self.strongest * torch.rand(s.b, s.h, s.t),
+            "erase": lambda: self._keys(rows),
+            "write": lambda: self._keys(rows),
             "initial": lambda: torch.randn(s.b, s.h, rows, s.dv + form.normaliser),
         }
         self.v = torch.randn(s.b, s.h, s.t, s.dv).to(self.dtype)
         self.operands = [drawn[name]().to(self.dtype) for name in self.spec.operands]
+        self._write_where_it_erases()
         wide = torch.promote_types(self.dtype, torch.float32)
         named = self.spec.named(self.operands)
         self.weights = [
@@ -124,6 +141,16 @@ class Case:
             torch.randn(s.b, s.h, s.t).to(wide) if form.normaliser else None,
             torch.randn(state_shape(self.v, named, self.spec)).to(wide),
         ]
+
+    def _write_where_it_erases(self) -> None:
+        """A step that writes elsewhere than it erases may let the state grow: as RWKV-7, at a part of each element."""
+        named = self.spec.named(self.operands)
+        if "write" in named:
+            named["write"].copy_(named.get("erase", named["k"]) * torch.rand_like(named["write"]))
+
+    def _keys(self, rows: int) -> torch.Tensor:
+        keys = torch.randn(self.sizes.b, self.sizes.heads, self.sizes.t, rows)
+        return keys if self.raw or self.form.delta == "none" else torch.nn.functional.normalize(keys, dim=-1)
 
     def _gate(self, rows: int) -> torch.Tensor:
         s, form = self.sizes, self.form
